@@ -1,0 +1,452 @@
+"""What the five scripts share: the Vision Transformer and the data loader. Nothing here knows a pre-training method.
+
+The ViT is the plain one of Dosovitskiy et al. (arXiv:2010.11929) in MAE's variant: fixed sin-cos positions, LayerNorm
+with eps 1e-6, exact GELU, and the state-dict names of the public MAE checkpoints (and of timm).
+The loader hands out uint8 crops; what is random in one depends on (seed, epoch, index) alone, so neither the number of
+workers nor the number of processes changes what is trained on.
+"""
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torchvision.ops import StochasticDepth
+from torchvision.transforms import InterpolationMode, v2
+
+
+class InputError(ValueError):
+    """Bad input: one line that says what is wrong and what to do. The scripts print it and exit with code 2."""
+
+    def __str__(self):
+        return super().__str__().splitlines()[-1].split("InputError: ")[-1]   # a worker's arrives inside its traceback
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision Transformer
+# ---------------------------------------------------------------------------------------------------------------------
+VIT_SIZES = {
+    "vit_micro": dict(patch_size=16, embed_dim=128, depth=4, num_heads=2),     # ours, for laptops: 0.8 M parameters
+    "vit_tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),     # DeiT's
+    "vit_small": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),    # DeiT's
+    "vit_base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "vit_large": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+}
+ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")  # how an encoder's weights are named
+
+
+def check_vit(img_size, patch_size, embed_dim, num_heads):
+    """Raises InputError where a ViT cannot have these sizes."""
+    if any(n % patch_size or n <= 0 for n in pair(img_size)):
+        raise InputError(f"an image of {'×'.join(map(str, pair(img_size)))} pixels is not a whole number of patches of "
+                         f"{patch_size}: change --img_size or --patch_size")
+    if embed_dim % num_heads or embed_dim % 4:
+        raise InputError(f"a width of {embed_dim} must be divisible by 4 (positions) and by the {num_heads} heads")
+
+
+def pair(size):
+    """Image size as (height, width) in pixels, from one number (square) or a sequence of one or two."""
+    height, *width = (size,) if isinstance(size, int) else size
+    return (height, *(width or [height]))
+
+
+def sincos_pos_embed(dim, grid_size):
+    """Fixed 2-D sin-cos position embedding, one row a patch in raster order: (rows·columns, dim), float32.
+
+    The first half of the dims encodes the column, the second half the row; each half is [sin | cos] of the position
+    times 10000^(-i/(dim/4)), i = 0 … dim/4 - 1, computed in float64 (MAE, Appendix A.1, as released).
+    """
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    column_row = torch.cartesian_prod(rows, columns).flip(1)                    # (L, 2)
+    angle = column_row[:, :, None] * omega                                      # (L, 2, dim/4)
+    return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
+
+
+def init_linear(module):
+    """Xavier-uniform weights (qkv as one matrix) and zero biases for a Linear; for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def attention(q, k, v, dropout=0.0):
+    """softmax(q kᵀ / √d) v with dropout on the probabilities; q, k, v and the result are (N, heads, L, d)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # here the fused kernel is up to 3 times slower
+        attn = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+        return F.dropout(attn, dropout, training=dropout > 0) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of patches, kept as a Conv2d for its public name and shape, (D, 3, P, P)."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        """Images (N, 3, H, W), or any subset of their patches as vectors (N, n, P·P·3), to tokens (N, n, D)."""
+        if x.dim() == 4:
+            return self.proj(x).flatten(2).transpose(1, 2)
+        return F.linear(x, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)  # vectors: channel last
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `attn_drop` is the dropout on its probabilities in training."""
+
+    def __init__(self, dim, num_heads, attn_drop=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        N, L, D = x.shape
+        q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = attention(q, k, v, self.attn_drop if self.training else 0.0)        # (N, heads, L, D/heads)
+        return self.proj(x.transpose(1, 2).reshape(N, L, D))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block; `drop_path` skips a whole branch for an image with that probability in training."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, attn_drop=0.0, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, attn_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))                        # (N, L, D)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """The encoder: patches + position → cls token prepended → blocks → norm.
+
+    Arguments: `img_size` in pixels, a number or (height, width), divisible by `patch_size`; `drop_path` is the rate of
+    the last block, rising linearly from 0 at the first. Raises InputError for sizes that don't fit.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+                 drop_path=0.0, attn_drop=0.0):
+        super().__init__()
+        check_vit(img_size, patch_size, embed_dim, num_heads)
+        self.patch_size = patch_size
+        self.grid_size = tuple(n // patch_size for n in pair(img_size))         # patches down and across
+        self.num_patches = math.prod(self.grid_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        position = sincos_pos_embed(embed_dim, self.grid_size)
+        self.pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)  # cls: a zero row
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attn_drop, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.apply(init_linear)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(embed_dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward_features(self, imgs):
+        """Images (N, 3, H, W) to all tokens after the last norm, cls first: (N, 1 + L, D)."""
+        x = self.patch_embed(imgs)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def features(self, imgs, pool="cls"):
+        """One vector an image, (N, D): the cls token, or the mean of the patch tokens (`pool="avg"`)."""
+        x = self.forward_features(imgs)
+        return x[:, 0] if pool == "cls" else x[:, 1:].mean(dim=1)
+
+    def encoder_state_dict(self):
+        """The encoder's part of the state dict, under the public names: what fine-tuning needs of any method."""
+        return {name: value for name, value in self.state_dict().items() if name.startswith(ENCODER_PARTS)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: sources of (RGB PIL image, label)
+# ---------------------------------------------------------------------------------------------------------------------
+IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of the channels R, G, B in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# name: (class in torchvision.datasets, its keyword for the split, pre-training splits, labelled splits, evaluation split)
+TORCHVISION_DATASETS = {
+    "cifar10": ("CIFAR10", "train", [True], [True], False),
+    "cifar100": ("CIFAR100", "train", [True], [True], False),
+    "stl10": ("STL10", "split", ["train+unlabeled"], ["train"], "test"),
+    "flowers102": ("Flowers102", "split", ["train", "val"], ["train", "val"], "test"),
+    "food101": ("Food101", "split", ["train"], ["train"], "test"),
+    "imagenette": ("Imagenette", "split", ["train"], ["train"], "val"),
+    "oxford_iiit_pet": ("OxfordIIITPet", "split", ["trainval"], ["trainval"], "test"),
+    "dtd": ("DTD", "split", ["train", "val"], ["train", "val"], "test"),
+    "fgvc_aircraft": ("FGVCAircraft", "split", ["trainval"], ["trainval"], "test"),
+}
+
+
+def load_dataset(data, split, data_root="data"):
+    """Opens a data set of (RGB PIL image, label) pairs; the label is -1 where there is none.
+
+    `data` is "shapes", a name in TORCHVISION_DATASETS (downloaded into `data_root`), or a folder: with train/ and val/,
+    with class folders, or flat. `split` is "pretrain" (labels not needed), "train" or "val". The result's `classes` is
+    the list of class names, None where images are unlabelled. Raises InputError.
+    """
+    if data == "shapes":
+        return Shapes(split)
+    if data in TORCHVISION_DATASETS:
+        return NamedDataset(data, split, data_root)
+    folder = os.path.join(data, "val" if split == "val" else "train")
+    if os.path.isdir(folder):
+        return FolderDataset(folder)
+    if not os.path.isdir(data):
+        raise InputError(f"no data at '{data}': point --data at a folder of your images, or name a data set (shapes, "
+                         f"{', '.join(TORCHVISION_DATASETS)}), or try --demo, which needs none")
+    if split == "val":
+        raise InputError(f"'{data}' has no folder val/: evaluation needs {data}/train/CLASS/*.jpg and val/CLASS/*.jpg")
+    return FolderDataset(data)
+
+
+def load_rgb(path):
+    """Reads an image file as an upright 8-bit RGB PIL image: greyscale, palette, CMYK, alpha (dropped) and EXIF
+    orientation are dealt with. Raises InputError, with the path, for a broken file and for 16- and 32-bit greyscale."""
+    try:
+        with Image.open(path) as img:
+            if img.mode[0] in "IF":     # a plain conversion clamps these to 255: an image all white
+                raise ValueError(f"more than 8 bits a pixel (mode {img.mode}); rescale to 8 bits as suits your images")
+            img = ImageOps.exif_transpose(img)
+            return (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be used as an image: {str(error).splitlines()[0]}") from error
+
+
+class FolderDataset(Dataset):
+    """Every image below `root`. Its class is the folder of `root` that it lies in; if some image lies in none, the whole
+    set is unlabelled. Hidden files are passed over."""
+
+    def __init__(self, root):
+        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
+                       if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and name[0] != ".")
+        if not paths:
+            raise InputError(f"no image below '{root}' (looked for {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)})")
+        folders = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
+        self.classes = sorted({parts[0] for parts in folders}) if all(folders) else None
+        numbers = {name: i for i, name in enumerate(self.classes or [])}
+        self.labels = np.array([numbers[parts[0]] if numbers else -1 for parts in folders])
+        self.paths = np.array([os.fsencode(path) for path in paths])   # one array: workers share its memory, unlike a list's
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return load_rgb(os.fsdecode(self.paths[index])), int(self.labels[index])
+
+
+class NamedDataset(Dataset):
+    """A data set of torchvision, downloaded into `root` where it is not there yet (under torchrun by one process)."""
+
+    def __init__(self, name, split, root):
+        class_name, keyword, pretrain_splits, train_splits, val_split = TORCHVISION_DATASETS[name]
+        splits = {"pretrain": pretrain_splits, "train": train_splits, "val": [val_split]}[split]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            torch.distributed.barrier()         # the first process of each machine downloads, the others wait …
+        try:
+            parts = [getattr(torchvision.datasets, class_name)(root, download=True, **{keyword: part}) for part in splits]
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{name}: not in '{root}' and could not be downloaded: {error or type(error).__name__}") from error
+        finally:
+            if distributed and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                torch.distributed.barrier()     # … until it is done
+        self.images = ConcatDataset(parts)
+        self.classes = None if split == "pretrain" else list(parts[0].classes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        img, label = self.images[index]
+        return img.convert("RGB"), int(label)
+
+
+class Shapes(Dataset):
+    """A small labelled data set that is drawn, not downloaded: 36×36 pixels, the same on every machine.
+
+    An image shows one big shape under coloured, uneven light, before and behind small clutter. Its class is the pattern on
+    the shape. Outline, place, size, tilt, wavelength, phase, contrast, light and clutter are all random, so that no pixel
+    and no colour gives the class away: one has to see how patches relate.
+    """
+    classes = ["plain", "rows", "columns", "diagonals", "checks", "dots", "rings", "grid"]
+
+    def __init__(self, split):
+        count, stream = (2000, 1) if split == "val" else (6000, 0)
+        randoms = [np.random.RandomState([stream, i]) for i in range(count)]    # numpy promises never to change its numbers
+        self.labels = np.array([random.randint(len(self.classes)) for random in randoms])
+        self.images = np.stack([draw_shape(self.classes[label], random) for label, random in zip(self.labels, randoms)])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def draw_shape(pattern, random, size=36):
+    """One image of Shapes, (size, size, 3) uint8, from the pattern's name and a numpy RandomState."""
+    y, x = np.mgrid[:size, :size].astype(np.float64)
+
+    def outline(radius, margin):
+        """How much of each pixel a random shape of this radius covers; also its centre."""
+        cx, cy = random.uniform(margin, size - margin, 2)
+        tilt = random.uniform(-0.2, 0.2)
+        u, v = (x - cx) * np.cos(tilt) + (y - cy) * np.sin(tilt), (y - cy) * np.cos(tilt) - (x - cx) * np.sin(tilt)
+        distance = (np.hypot(u, v),                                             # disc
+                    1.15 * np.maximum(abs(u), abs(v)),                          # square
+                    0.85 * (abs(u) + abs(v)),                                   # diamond
+                    1.6 * np.maximum(v, 0.87 * abs(u) - 0.5 * v))[random.randint(4)]    # triangle
+        return np.clip(radius - distance + 0.5, 0, 1), cx, cy
+
+    def clutter(surface):
+        for _ in range(random.randint(3)):
+            cover, _, _ = outline(random.uniform(1.5, 4), 0)
+            surface = surface * (1 - cover) + random.uniform(0.4, 1) * cover
+        return surface
+
+    surface = clutter(np.full((size, size), random.uniform(0.4, 1)))            # what share of the light comes back
+    radius = random.uniform(12, 20)
+    cover, cx, cy = outline(radius, 0.7 * radius)
+
+    tilt, a, b, wavelength = *random.uniform((-0.15, 0, 0), (0.15, 6.28, 6.28)), random.uniform(5, 9)
+    u = (x * np.cos(tilt) + y * np.sin(tilt)) * 6.28 / wavelength
+    v = (y * np.cos(tilt) - x * np.sin(tilt)) * 6.28 / wavelength
+    wave = {"plain": lambda: 0 * x,
+            "rows": lambda: np.sin(v + a),
+            "columns": lambda: np.sin(u + a),
+            "diagonals": lambda: np.sin((u + random.choice([-1, 1]) * v) * 0.707 + a),
+            "checks": lambda: 2 * np.sin(u + a) * np.sin(v + b),
+            "dots": lambda: np.cos(u + a) + np.cos(v + b) - 0.9,
+            "rings": lambda: np.sin(np.hypot(x - cx, y - cy) * 6.28 / wavelength + a),
+            "grid": lambda: np.maximum(np.cos(u + a), np.cos(v + b)) - 0.75}[pattern]()
+    dark = random.uniform(0.4, 0.9) * (1 - np.clip(0.5 + 2 * wave, 0, 1))       # sharp-edged stripes, not sines
+    surface = surface * (1 - cover) + random.uniform(0.5, 1) * (1 - dark) * cover
+    surface = clutter(surface)
+
+    hat = np.clip(1 - abs(np.linspace(0, 3, size)[:, None] - np.arange(4)), 0, 1)       # bilinear: (size, 4)
+    tint = random.uniform(0.2, 1, (3, 1, 1))
+    light = hat @ random.uniform(0.2, 1, (3, 4, 4)) @ hat.T * tint / tint.max()         # (3, size, size)
+    return np.rint(255 * surface * light).astype(np.uint8).transpose(1, 2, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: crops, batches, loader
+# ---------------------------------------------------------------------------------------------------------------------
+def train_transform(img_size, scale):
+    """RandomResizedCrop (bicubic, antialiased) of `scale` of the area, and flip; PIL image to uint8 (3, H, W)."""
+    return v2.Compose([v2.RandomResizedCrop(pair(img_size), scale=scale, interpolation=InterpolationMode.BICUBIC),
+                       v2.RandomHorizontalFlip(), v2.PILToTensor()])   # flipped after the crop: the fewest pixels
+
+
+def eval_transform(img_size):
+    """Resize to 256/224 of the image size (to the size itself above 224), bicubic, and centre crop; to uint8 (3, H, W)."""
+    longer = max(pair(img_size))
+    return v2.Compose([v2.Resize(longer * 256 // 224 if longer <= 224 else longer, InterpolationMode.BICUBIC),
+                       v2.CenterCrop(pair(img_size)), v2.PILToTensor()])
+
+
+def seed_from(*numbers):
+    """One 63-bit seed from several integers ≥ 0, such as (seed, epoch, index), well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Crops(Dataset):
+    """Item (epoch, index): the image `index` of a source, transformed at random as (seed, epoch, index) alone decides."""
+
+    def __init__(self, source, transform, seed=0):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, item):
+        img, label = self.source[item[1]]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_from(self.seed, *item))
+            return self.transform(img), label
+
+
+class GlobalBatches:
+    """This process's micro-batches of a whole run, as lists of (epoch, index); the last images of an epoch that fill no
+    batch are left out, and each epoch is shuffled anew.
+
+    A global batch of `batch_size` images belongs to one step; it is cut into `accum_iter` parts, and each part among the
+    processes, so that what a step trains on doesn't depend on their number. `start_step` is where a resumed run goes on.
+    """
+
+    def __init__(self, num_images, batch_size, epochs, accum_iter=1, rank=0, world_size=1, seed=0, start_step=0):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.accum_iter, self.rank, self.world_size = accum_iter, rank, world_size
+        self.steps_per_epoch = num_images // batch_size
+        self.steps = range(start_step, epochs * self.steps_per_epoch)
+        if not self.steps_per_epoch:
+            raise InputError(f"{num_images} images are fewer than one batch: give --batch_size {num_images} or less")
+
+    def __len__(self):
+        return len(self.steps) * self.accum_iter
+
+    def __iter__(self):
+        share = self.batch_size // (self.world_size * self.accum_iter)
+        order = None
+        for step in self.steps:
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if order is None or i == 0:
+                order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed_from(self.seed, epoch)))
+            for part in range(self.accum_iter):
+                first = i * self.batch_size + (part * self.world_size + self.rank) * share
+                yield [(epoch, index) for index in order[first:first + share].tolist()]
+
+
+def eval_batches(num_images, batch_size, rank=0, world_size=1):
+    """This process's share of a data set, in order, as batches of (epoch 0, index): every image in exactly one process."""
+    mine = range(rank, num_images, world_size)
+    return [[(0, index) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
+
+
+def make_loader(crops, batches, num_workers, device):
+    """A DataLoader of (imgs uint8 (B, 3, H, W), labels (B,)) over lists of (epoch, index)."""
+    return DataLoader(crops, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
+
+
+class Normalize(nn.Module):
+    """uint8 images, on their device, to floats with zero mean and unit variance by ImageNet's statistics; and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, imgs):
+        return (imgs.float() / 255 - self.mean) / self.std
+
+    def inverse(self, imgs):
+        """Normalised images back to [0, 1]."""
+        return imgs * self.std + self.mean

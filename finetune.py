@@ -1,0 +1,547 @@
+"""What pre-trained features are worth: fine-tuning, linear probing, partial fine-tuning and k-NN, as the MAE paper does it.
+
+    python finetune.py --ckpt runs/mae/encoder.pt --mode finetune --data imagenet   # everything trains (Table 9)
+    python finetune.py --ckpt runs/mae/encoder.pt --mode linear                     # a linear layer on frozen features (Table 10)
+    python finetune.py --ckpt runs/mae/encoder.pt --mode partial --blocks 4         # the last blocks train (Figure 9)
+    python finetune.py --ckpt runs/mae/encoder.pt --mode knn                        # no training: the quick look
+    torchrun --nproc_per_node 8 finetune.py …                                       # several GPUs
+    python finetune.py --demo --ckpt runs/mae/last.pt --mode linear                 # a laptop CPU, on drawn images
+
+`--ckpt` takes a method script's last.pt or encoder.pt, a public MAE checkpoint, or `none`: random weights, the baseline.
+The result is the last line printed and OUTPUT/result.json: accuracy of the last epoch, not of the best one.
+
+The recipe's defaults depend on the encoder's size (B: up to 768 wide, L: 1024, H: 1280). Chosen where papers are silent or
+differ: partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
+--epochs), n = 0 blocks is linear probing; the norm in front of a trained head always trains. SdAE fine-tunes ViT-B with
+`--batch_size 2048 --warmup_epochs 10`, EMAE with `--blr 1e-3`. RandAugment is timm's `rand-m9-mstd0.5-inc1`, op by op.
+Positions are resampled (bicubic, antialiased) when the image size differs from pre-training's.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from common import (VIT_SIZES, ViT, Crops, GlobalBatches, InputError, Normalize, eval_batches, eval_transform, load_dataset,
+                    make_loader, pair, seed_from, train_transform)
+from mae import amp_dtype, init_distributed, load_checkpoint, save
+
+FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
+LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0, drop_path=0.0)
+RECIPES = {
+    ("finetune", "B"): dict(FINETUNE, epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1),
+    ("finetune", "L"): dict(FINETUNE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    ("finetune", "H"): dict(FINETUNE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+    ("linear", "B"): dict(LINEAR, epochs=90),
+    ("linear", "L"): dict(LINEAR, epochs=50),
+    ("linear", "H"): dict(LINEAR, epochs=50),
+}
+DEMO = {  # small runs need a larger rate per image, and their cls token has learnt little yet: pool the patches
+    "finetune": dict(epochs=30, batch_size=64, blr=4e-3, warmup_epochs=3, drop_path=0.0, pool="avg"),
+    "linear": dict(epochs=15, batch_size=256, blr=0.4, warmup_epochs=1, pool="avg"),
+    "knn": dict(pool="avg"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def get_args(argv=None):
+    """Parses the command line; what is not given is filled in by `fill_recipe`, once the encoder's size is known."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
+    parser.add_argument("--mode", choices=["finetune", "linear", "partial", "knn"], default="finetune")
+    parser.add_argument("--blocks", type=int, default=4, help="partial: how many of the last blocks train")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/imagenet", help="folder with train/ and val/, or a data set by name")
+    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
+    data.add_argument("--crop_scale", type=float, nargs=2, default=[0.08, 1.0], help="area of RandomResizedCrop")
+    data.add_argument("--img_size", type=int, nargs="+", help="pixels: one number, or height and width (default: as pre-trained)")
+    data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none: the encoder (default: vit_base)")
+    model.add_argument("--patch_size", type=int, help="with --ckpt none: pixels")
+    model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
+                       "(default: avg for finetune and partial, cls for linear and knn)")
+    model.add_argument("--drop_path", type=float, help="default: B 0.1, L 0.2, H 0.3; linear 0")
+
+    optim = parser.add_argument_group("optimisation (Tables 9 and 10)")
+    optim.add_argument("--epochs", type=int, help="default: finetune B 100, L and H 50; linear B 90, L and H 50")
+    optim.add_argument("--warmup_epochs", type=float, help="default: 5; linear 10")
+    optim.add_argument("--batch_size", type=int, help="images per step, over all processes (default: 1024; linear 16384)")
+    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share of a step")
+    optim.add_argument("--blr", type=float, help="lr = blr · batch_size / 256 (default: B 5e-4, L and H 1e-3; linear 0.1)")
+    optim.add_argument("--min_lr", type=float, help="where the cosine ends (default: 1e-6; linear 0)")
+    optim.add_argument("--weight_decay", type=float, help="default: 0.05; linear 0")
+    optim.add_argument("--layer_decay", type=float, help="rate of a block over the next one's (default: B 0.65, L and H 0.75)")
+
+    regular = parser.add_argument_group("regularisation, finetune and partial (Table 9)")
+    regular.add_argument("--rand_augment", action=argparse.BooleanOptionalAction, default=True)
+    regular.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    regular.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
+    regular.add_argument("--mixup", type=float, default=0.8, help="Beta parameter, 0 for none")
+    regular.add_argument("--cutmix", type=float, default=1.0, help="Beta parameter, 0 for none")
+
+    knn = parser.add_argument_group("k-NN")
+    knn.add_argument("--k", type=int, default=20, help="neighbours")
+    knn.add_argument("--temperature", type=float, default=0.07, help="a neighbour votes with exp(cosine / temperature)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", help="default: a folder named after the mode, beside the checkpoint")
+    run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
+                     help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--demo", action="store_true", help="the drawn images and a short schedule; fits `mae.py --demo`")
+
+    if "--demo" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(data="shapes", model="vit_micro", patch_size=4)
+    args = parser.parse_args(argv)
+    if args.mode == "partial" and args.blocks == 0:
+        args.mode = "linear"
+    if args.output_dir is None:
+        args.output_dir = str((Path("runs/none") if args.ckpt == "none" else Path(args.ckpt).parent) / args.mode)
+    if args.num_workers is None:
+        args.num_workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
+
+
+def fill_recipe(args, embed_dim):
+    """Sets what the command line left open, by mode and size. Raises InputError for values that make no run."""
+    size = "B" if embed_dim <= 768 else "L" if embed_dim <= 1024 else "H"
+    kind = "linear" if args.mode == "knn" else args.mode if args.mode == "linear" else "finetune"
+    recipe = {**RECIPES[kind, size], **(DEMO["knn" if args.mode == "knn" else kind] if args.demo else {})}
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for right, advice in (
+        (args.batch_size >= 1 and args.accum_iter >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+         f"--batch_size {args.batch_size} cannot be shared by {world_size} process(es) × --accum_iter {args.accum_iter}"),
+        (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
+         f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
+        (args.k >= 1 and args.temperature > 0, "--k must be at least 1, --temperature above 0"),
+    ):
+        if not right:
+            raise InputError(advice)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder, and the classifier around it
+# ---------------------------------------------------------------------------------------------------------------------
+def load_encoder(path):
+    """Reads an encoder: its weights under the public names, and the keywords of ViT that they fit.
+
+    Takes {"model": weights, …} or the weights alone, with or without a decoder and whatever else a method keeps beside its
+    encoder, which is left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at '{path}': give a last.pt or encoder.pt, or `none` for random weights") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"'{path}' is no checkpoint that can be loaded safely: {str(error).splitlines()[0]}") from error
+    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    missing = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight") if name not in weights]
+    if missing:
+        decoder = "only a decoder" if any(name.startswith("decoder") for name in weights) else "no ViT encoder"
+        raise InputError(f"'{path}' holds {decoder}: {missing[0]} is missing")
+
+    embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    heads = [size["num_heads"] for size in VIT_SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
+    if not heads:
+        raise InputError(f"'{path}' holds an encoder {embed_dim} wide with {depth} blocks: no size in common.VIT_SIZES")
+    saved = checkpoint.get("args", {})
+    img_size = saved.get("img_size") if isinstance(saved, dict) else None           # public checkpoints are square
+    num_patches = weights["pos_embed"].shape[1] - 1
+    vit = dict(img_size=img_size or math.isqrt(num_patches) * patch_size, patch_size=patch_size, embed_dim=embed_dim,
+               depth=depth, num_heads=heads[0])
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in ViT(**vit).state_dict().items()}
+    for name, shape in expected.items():
+        if name not in weights:
+            raise InputError(f"'{path}' lacks the encoder's {name}")
+        if tuple(weights[name].shape) != shape:
+            raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, a ViT of its size has {shape}")
+    return {name: weights[name] for name in expected}, vit
+
+
+def resample_pos_embed(pos_embed, old_grid, new_grid):
+    """Positions (1, 1 + L, D) of one grid (rows, columns) for another, bicubic and antialiased; the cls row stays."""
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    grid = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2).float()      # (1, D, rows, columns)
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+class Classifier(ViT):
+    """The encoder with a head. pool="avg": mean of the patch tokens → fc_norm → Linear, as in fine-tuning. pool="cls": the
+    cls token after `norm`. `linear_probe`: a BatchNorm without parameters before the Linear, and after `norm`.
+
+    `train_blocks` is how many of the last blocks train; with all of them, embeddings and positions train too.
+    """
+
+    def __init__(self, num_classes, pool, linear_probe=False, train_blocks=None, **vit):
+        super().__init__(**vit)
+        self.pool = pool
+        embed_dim = self.cls_token.shape[-1]
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01 if linear_probe else 2e-5)
+        nn.init.zeros_(self.head.bias)
+        if linear_probe:
+            self.head = nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), self.head)
+        elif pool == "avg":
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(embed_dim, eps=1e-6)
+        self.frozen = []
+        if train_blocks is None or train_blocks >= len(self.blocks):
+            self.pos_embed.requires_grad_(True)
+        else:
+            self.frozen = [self.patch_embed, *self.blocks[:len(self.blocks) - train_blocks]] + [self.norm] * linear_probe
+            self.cls_token.requires_grad_(False)
+            for module in self.frozen:
+                module.requires_grad_(False)
+
+    def train(self, mode=True):
+        """As Module.train, but what is frozen stays in evaluation mode: no drop path there."""
+        super().train(mode)
+        for module in getattr(self, "frozen", []):
+            module.eval()
+        return self
+
+    def forward(self, imgs):
+        """Images (N, 3, H, W) to logits (N, classes)."""
+        x = self.features(imgs, self.pool)
+        return self.head(self.fc_norm(x) if hasattr(self, "fc_norm") else x)
+
+
+def param_groups(model, weight_decay, layer_decay):
+    """Groups with layer-wise decay: embeddings layer_decay^(depth + 1) of the rate, block i layer_decay^(depth - i), the
+    rest all of it. No weight decay on 1-D parameters, the cls token and the positions (BEiT, Appendix; MAE, Table 9)."""
+    depth, groups = len(model.blocks), {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else depth + 1
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        decay = 0.0 if param.ndim <= 1 or name in ("cls_token", "pos_embed") else weight_decay
+        group = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (depth + 1 - layer)}
+        groups.setdefault((layer, decay), group)["params"].append(param)
+    return list(groups.values())
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) with momentum, as linear probing uses it: for
+    parameters of more than one dimension the update is scaled to trust · |parameter| / |update|."""
+
+    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    scale = group["trust"] * p.norm() / update.norm()
+                    update = update * torch.where(scale.isfinite() & (scale > 0), scale, 1.0)   # 1 where a norm is 0
+                mu = self.state[p].setdefault("mu", torch.zeros_like(p))
+                mu.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * mu)
+
+
+def learning_rate(epoch, args):
+    """Rate at a (fractional) epoch: linear warm-up from 0 to blr · batch_size / 256, then half a cosine to min_lr."""
+    peak = args.blr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.min_lr + (peak - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation for fine-tuning
+# ---------------------------------------------------------------------------------------------------------------------
+FILL = (124, 116, 104)      # ImageNet's mean colour, for what an op moves in from outside
+
+
+def affine(img, *matrix):
+    return img.transform(img.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+RAND_AUGMENT_OPS = {  # of an RGB PIL image, a level m in [0, 1] that grows with the change, and a random sign s
+    "AutoContrast": lambda img, m, s: ImageOps.autocontrast(img),
+    "Equalize": lambda img, m, s: ImageOps.equalize(img),
+    "Invert": lambda img, m, s: ImageOps.invert(img),
+    "Rotate": lambda img, m, s: img.rotate(s * m * 30, Image.Resampling.BICUBIC, fillcolor=FILL),
+    "Posterize": lambda img, m, s: ImageOps.posterize(img, 4 - int(m * 4)),
+    "Solarize": lambda img, m, s: ImageOps.solarize(img, 256 - int(m * 256)),
+    "SolarizeAdd": lambda img, m, s: img.point(lambda i: min(255, i + int(m * 110)) if i < 128 else i),
+    "Color": lambda img, m, s: ImageEnhance.Color(img).enhance(max(0.1, 1 + s * m * 0.9)),
+    "Contrast": lambda img, m, s: ImageEnhance.Contrast(img).enhance(max(0.1, 1 + s * m * 0.9)),
+    "Brightness": lambda img, m, s: ImageEnhance.Brightness(img).enhance(max(0.1, 1 + s * m * 0.9)),
+    "Sharpness": lambda img, m, s: ImageEnhance.Sharpness(img).enhance(max(0.1, 1 + s * m * 0.9)),
+    "ShearX": lambda img, m, s: affine(img, 1, s * m * 0.3, 0, 0, 1, 0),
+    "ShearY": lambda img, m, s: affine(img, 1, 0, 0, s * m * 0.3, 1, 0),
+    "TranslateX": lambda img, m, s: affine(img, 1, 0, s * m * 0.45 * img.size[0], 0, 1, 0),
+    "TranslateY": lambda img, m, s: affine(img, 1, 0, 0, 0, 1, s * m * 0.45 * img.size[1]),
+}
+
+
+def rand_augment(img):
+    """RandAugment (arXiv:1909.13719) as timm's `rand-m9-mstd0.5-inc1`: two ops drawn from 15, each applied with probability
+    0.5 at magnitude N(9, 0.5) of 10. Draws from torch's generator."""
+    for op in torch.randint(len(RAND_AUGMENT_OPS), (2,)).tolist():
+        apply, sign, normal = *(torch.rand(2) < 0.5).tolist(), torch.randn(()).item()
+        if apply:
+            level = min(max(9 + 0.5 * normal, 0), 10) / 10
+            img = list(RAND_AUGMENT_OPS.values())[op](img, level, -1 if sign else 1)
+    return img
+
+
+def mix(imgs, labels, num_classes, args):
+    """Random erasing on each normalised image (N, 3, H, W), then mixup or cutmix on the batch; labels become (N, classes)."""
+    erase = v2.RandomErasing(p=args.erasing, value="random")
+    imgs = torch.stack([erase(img) for img in imgs])
+    choices = [make(alpha=alpha, num_classes=num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    return v2.RandomChoice(choices)(imgs, labels) if choices else (imgs, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+def load_labelled(args):
+    """The training and the validation set, with one numbering of the classes. Raises InputError where labels are missing."""
+    train, val = (load_dataset(args.data, split, args.data_root) for split in ("train", "val"))
+    for split, dataset in (("train", train), ("validation", val)):
+        if dataset.classes is None:
+            raise InputError(f"the {split} images of '{args.data}' have no labels: put each class into a folder of its own")
+    if val.classes != train.classes:    # validation may lack classes, but not have others
+        unknown = sorted(set(val.classes) - set(train.classes))
+        if unknown:
+            raise InputError(f"'{args.data}': validation has classes that training lacks: {', '.join(unknown[:5])}")
+        val.labels = np.array([train.classes.index(name) for name in val.classes])[val.labels]
+    return train, val
+
+
+@torch.no_grad()
+def evaluate(model, loader, normalize, dtype):
+    """Top-1 and top-5 in %, and the number of images, over all processes' shares."""
+    device = normalize.mean.device
+    counts = torch.zeros(3, device=device, dtype=torch.float64)
+    model.eval()
+    for imgs, labels in loader:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(normalize(imgs.to(device, non_blocking=True)))
+        counts += hits(logits, labels.to(device))
+    model.train()
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    top1, top5, number = counts.tolist()
+    return 100 * top1 / number, 100 * top5 / number, int(number)
+
+
+def hits(scores, labels):
+    """Of scores (N, classes) and labels (N,): how many are right at first, how many among the first five, and N."""
+    right = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([right[:, 0].sum(), right.sum(), right.new_tensor(len(labels), dtype=torch.int64)]).double()
+
+
+def gather(x):
+    """The rows of all processes' tensors, on the CPU, one process after the other."""
+    if not dist.is_initialized():
+        return x.cpu()
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def extract_features(model, loader, normalize, dtype, pool):
+    """Features of unit length (N, D) and labels (N,) of the whole data set, on every process, on the CPU."""
+    device = normalize.mean.device
+    features, labels = [], []
+    for imgs, label in tqdm(loader, unit="batch", disable=dist.is_initialized() and dist.get_rank() > 0):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            x = model.features(normalize(imgs.to(device, non_blocking=True)), pool)
+        features.append(F.normalize(x.float(), dim=1))
+        labels.append(label)
+    return gather(torch.cat(features)), gather(torch.cat(labels))
+
+
+def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
+    """Votes (N, classes) of the k nearest of `bank` (M, D) by cosine, each weighing exp(cosine / temperature), for features
+    (N, D); both of unit length (Wu et al., arXiv:1805.01978)."""
+    similarity, nearest = (features @ bank.T).topk(min(k, len(bank)), dim=1)
+    votes = torch.zeros(len(features), num_classes, device=features.device)
+    return votes.scatter_add(1, bank_labels[nearest], (similarity / temperature).exp())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def main(args):
+    """Evaluates one checkpoint in one mode. Returns the result, which is also printed last and saved as result.json."""
+    weights, vit = load_encoder(args.ckpt) if args.ckpt != "none" else (None, dict(VIT_SIZES[args.model or "vit_base"]))
+    if weights is None:
+        vit.update(img_size=224 if not args.demo else 32, patch_size=args.patch_size or vit["patch_size"])
+    elif not args.demo and (args.model or args.patch_size):
+        raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
+    old_grid = [n // vit["patch_size"] for n in pair(vit["img_size"])]
+    args.img_size = list(pair(args.img_size or vit["img_size"]))
+    vit["img_size"] = args.img_size
+    fill_recipe(args, vit["embed_dim"])
+
+    rank, world_size, device = init_distributed(args)
+    output = Path(args.output_dir)
+    dtype = amp_dtype(args.amp, device)
+    normalize = Normalize().to(device)
+    train_set, val_set = load_labelled(args)
+    num_classes = len(train_set.classes)
+
+    def load_in_order(dataset):
+        batches = eval_batches(len(dataset), 256, rank, world_size)
+        return make_loader(Crops(dataset, eval_transform(args.img_size)), batches, args.num_workers, device)
+
+    torch.manual_seed(args.seed)
+    if args.mode == "knn":
+        model = ViT(**vit)
+    else:
+        train_blocks = {"finetune": None, "partial": args.blocks, "linear": 0}[args.mode]
+        model = Classifier(num_classes, args.pool, args.mode == "linear", train_blocks, **vit, drop_path=args.drop_path)
+    if weights is not None:
+        weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, model.grid_size)
+        args.encoder = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in weights.values())).hexdigest()[:16]
+        model.load_state_dict(weights, strict=False)    # what is left as it is: the head, and its norm
+    model.to(device)
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        print(f"{args.mode} of {args.ckpt}: {vit['embed_dim']} wide, {vit['depth']} blocks, patches of {vit['patch_size']}, images of "
+              f"{args.img_size[0]}×{args.img_size[1]}, {len(train_set)} to train, {len(val_set)} to validate, {num_classes} classes")
+
+    if args.mode == "knn":
+        bank, bank_labels = extract_features(model.eval(), load_in_order(train_set), normalize, dtype, args.pool)
+        features, labels = extract_features(model, load_in_order(val_set), normalize, dtype, args.pool)
+        counts = sum(hits(knn_scores(x.to(device), bank.to(device), bank_labels.to(device), num_classes, args.k, args.temperature),
+                          y.to(device)) for x, y in zip(features.split(1024), labels.split(1024))).tolist()
+        top1, top5, number = 100 * counts[0] / counts[2], 100 * counts[1] / counts[2], int(counts[2])
+        if rank == 0:
+            print("k-NN is a quick look: low figures are normal for masked autoencoders, whose features fine-tune well all the same.")
+    else:
+        top1, top5, number = train(args, model, train_set, load_in_order(val_set), normalize, dtype, rank, world_size, device)
+
+    result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": number, "ckpt": args.ckpt,
+              "data": args.data, "args": {name: value for name, value in vars(args).items() if value is not None}}
+    if rank == 0:
+        (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({name: value for name, value in result.items() if name != "args"}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
+def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size, device):
+    """Trains what is not frozen; returns the last epoch's top-1 and top-5 in %, and the number of validation images."""
+    output = Path(args.output_dir)
+    regularise = args.mode != "linear"
+    plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
+                rank=rank, world_size=world_size, seed=args.seed)
+    steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    transform = train_transform(args.img_size, args.crop_scale)
+    if regularise and args.rand_augment:
+        transform.transforms.insert(2, rand_augment)    # after crop and flip, before the tensor
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True) if regularise else LARS(groups)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    if args.compile:
+        model.compile()
+    net = DistributedDataParallel(model) if world_size > 1 else model
+    crops = Crops(train_set, transform, args.seed)
+    batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
+    num_classes = len(train_set.classes)
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
+    if rank == 0:
+        print(f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} process(es) × "
+              f"{args.accum_iter} accumulated = effective batch {args.batch_size}, "
+              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}", flush=True)
+        if start == 0:
+            (output / "log.jsonl").unlink(missing_ok=True)
+
+    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size, unit=" images",
+               unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
+    result, total, epoch_start = None, 0.0, time.time()
+    model.train()
+    for step in range(start, args.epochs * steps_per_epoch):
+        lr = learning_rate(step / steps_per_epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        for part in range(args.accum_iter):
+            imgs, labels = next(batches)
+            imgs, labels = normalize(imgs.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+            torch.manual_seed(seed_from(args.seed, step, part, rank))   # mixing and drop path need no saved random state
+            if regularise:
+                imgs, labels = mix(imgs, labels, num_classes, args)
+            net.require_backward_grad_sync = part == args.accum_iter - 1
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = criterion(net(imgs).float(), labels)
+            scaler.scale(loss / args.accum_iter).backward()
+            total += loss.detach() / args.accum_iter
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
+        bar.update(args.batch_size)
+        if done % 20 == 0:
+            bar.set_postfix(epoch=epoch, loss=f"{total.item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
+        if done < steps_per_epoch:
+            continue
+        seconds = time.time() - epoch_start
+        if world_size > 1:
+            dist.all_reduce(total)
+            for buffer in model.buffers():      # BatchNorm's statistics: the first process's for all, as DDP trains with
+                dist.broadcast(buffer, 0)
+        result = evaluate(model, val_loader, normalize, dtype)
+        if rank == 0:
+            line = {"epoch": epoch, "loss": total.item() / world_size / steps_per_epoch, "top1": result[0], "top5": result[1],
+                    "lr": lr, "images_per_s": steps_per_epoch * args.batch_size / seconds, "seconds": seconds}
+            with open(output / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "step": step + 1, "args": vars(args)}, output / "last.pt")
+        total, epoch_start = 0.0, time.time()
+    bar.close()
+    return result or evaluate(model, val_loader, normalize, dtype)
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

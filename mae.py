@@ -1,0 +1,409 @@
+"""MAE: Masked Autoencoders Are Scalable Vision Learners.
+Kaiming He, Xinlei Chen, Saining Xie, Yanghao Li, Piotr Dollár, Ross Girshick. CVPR 2022. arXiv:2111.06377
+
+Three quarters of an image's patches are removed at random; a ViT encodes the visible quarter alone (Section 3, "MAE
+encoder"); a light decoder sees the encoded patches and one shared mask token for each removed patch, all with positions,
+and predicts the removed patches' pixels ("MAE decoder"). The loss is the mean squared error over the removed patches,
+each standardised by its own mean and variance ("Reconstruction target").
+
+This is the baseline: the other scripts are diffed against it.
+
+Chosen where the paper is silent or the released weights differ from it:
+- Per-patch standardisation takes the unbiased variance + 1e-6, as the released weights were trained with.
+- Weight decay is on everything that is not 1-D, so also on the cls and mask tokens, as released.
+- The learning rate is set per iteration (as released), 0 at the first.
+- The tokens stay in shuffled order in the decoder: attention doesn't see the order, and every token carries its position.
+  Only visible patches are embedded and only removed ones predicted: nothing is computed that the loss doesn't use.
+- Not implemented: block and grid masks, loss on all patches, PCA and dVAE targets, mask tokens in the encoder (Table 1).
+
+    python mae.py --demo                                              # a laptop CPU, about two minutes
+    python mae.py --data my_images --batch_size 256 --accum_iter 2    # one GPU
+    torchrun --nproc_per_node 8 mae.py --data imagenet --accum_iter 4 # the paper's recipe, ViT-B, 800 epochs
+
+Measured: see README.md for the demo and CIFAR-10 on a CPU. ImageNet: not run here (the paper: 83.6 % after fine-tuning,
+ViT-B, 1600 epochs).
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import (VIT_SIZES, ViT, Block, init_linear, sincos_pos_embed, check_vit, pair, Crops, GlobalBatches, InputError,
+                    Normalize, load_dataset, make_loader, seed_from, train_transform)
+
+DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
+            decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments: the defaults are the paper's recipe
+# ---------------------------------------------------------------------------------------------------------------------
+def get_args(argv=None):
+    """Parses and checks the command line. Raises InputError, or exits with code 2, with one line on what is wrong."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
+    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
+    data.add_argument("--img_size", type=int, nargs="+", default=[224], help="pixels: one number, or height and width")
+    data.add_argument("--crop_scale", type=float, nargs=2, default=[0.2, 1.0], help="area of RandomResizedCrop")
+    data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
+    model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_num_heads", type=int, default=16)
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True,
+                       help="standardise each target patch (Table 1d)")
+
+    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim.add_argument("--epochs", type=int, default=800)
+    optim.add_argument("--warmup_epochs", type=float, default=40)
+    optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
+    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share of a step")
+    optim.add_argument("--blr", type=float, default=1.5e-4, help="learning rate per 256 images: lr = blr · batch_size / 256")
+    optim.add_argument("--weight_decay", type=float, default=0.05)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="last.pt, encoder.pt, log.jsonl, picture")
+    run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
+                     help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--demo", action="store_true", help="small everything, on images drawn by the loader")
+
+    parser.set_defaults(**DEMO if "--demo" in (sys.argv[1:] if argv is None else argv) else {})
+    args = parser.parse_args(argv)
+
+    size = VIT_SIZES[args.model]
+    args.patch_size = args.patch_size or size["patch_size"]
+    if args.num_workers is None:
+        args.num_workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
+    check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
+    check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
+    for right, advice in (
+        (args.batch_size >= 1 and args.accum_iter >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+         f"--batch_size {args.batch_size} cannot be shared by {world_size} process(es) × --accum_iter {args.accum_iter}"),
+        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+         f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
+        (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
+         f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
+        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares of the area, 0 < min ≤ max ≤ 1"),
+        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (args.decoder_depth >= 1 and args.num_workers >= 0, "--decoder_depth must be at least 1, --num_workers at least 0"),
+    ):
+        if not right:
+            raise InputError(advice)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches and masking
+# ---------------------------------------------------------------------------------------------------------------------
+def patchify(imgs, patch_size):
+    """Images (N, 3, H, W) to patches (N, L, P·P·3), each ordered (row, column, channel)."""
+    N, C, H, W = imgs.shape
+    x = imgs.reshape(N, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(N, -1, patch_size**2 * C)
+
+
+def unpatchify(patches, patch_size, grid_size):
+    """Patches (N, L, P·P·3) on a grid (rows, columns) back to images (N, 3, H, W)."""
+    x = patches.reshape(len(patches), *grid_size, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid_size[0] * patch_size, grid_size[1] * patch_size)
+
+
+def random_masking(noise, mask_ratio):
+    """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
+
+    Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
+    rounding. Source: Section 3, "Simple implementation".
+    """
+    len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
+    return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+class MAE(ViT):
+    """Masked autoencoder: the ViT as encoder, a smaller one as decoder. Raises InputError for sizes that don't fit."""
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
+                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True):
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+        check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        position = sincos_pos_embed(decoder_embed_dim, self.grid_size)
+        self.decoder_pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """The decoder's part; the encoder's is in ViT."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(init_linear)
+
+    def forward_encoder(self, patches, ids_keep):
+        """Visible patches to tokens: patches (N, L, P·P·3), ids_keep (N, keep) -> (N, 1 + keep, D)."""
+        x = self.patch_embed(patches.take_along_dim(ids_keep[:, :, None], dim=1))        # (N, keep, D)
+        x = x + self.pos_embed[0, 1 + ids_keep]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + keep, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_decoder(self, latent, ids_keep, ids_remove, predict_all=False):
+        """Tokens (N, 1 + keep, D) to predictions of the removed patches, (N, L - keep, P·P·3), in ids_remove's order;
+        with `predict_all` of the visible ones too, before them: (N, L, P·P·3)."""
+        x = self.decoder_embed(latent)
+        x = torch.cat([x, self.mask_token.expand(len(x), ids_remove.shape[1], -1)], dim=1)
+        ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
+        x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = x[:, 1:] if predict_all else x[:, latent.shape[1]:]
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def forward_loss(self, patches, pred, ids_remove):
+        """Mean squared error over the removed patches, in float32; patches (N, L, P·P·3), pred (N, L - keep, P·P·3)."""
+        target = patches.take_along_dim(ids_remove[:, :, None], dim=1)
+        if self.norm_pix:
+            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+        return F.mse_loss(pred.float(), target)
+
+    def forward(self, imgs, noise=None):
+        """Images (N, 3, H, W), and noise (N, L) that fixes the mask, to the loss and a dict of detached scalars."""
+        noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        ids_keep, ids_remove = random_masking(noise, self.mask_ratio)
+        patches = patchify(imgs, self.patch_size)                                        # (N, L, P·P·3)
+        latent = self.forward_encoder(patches, ids_keep)
+        pred = self.forward_decoder(latent, ids_keep, ids_remove)
+        loss = self.forward_loss(patches, pred, ids_remove)
+        return loss, {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def reconstruct(self, imgs, noise=None):
+        """Every patch's prediction in its place (N, L, P·P·3), and the mask (N, L): 0 = visible, 1 = removed."""
+        noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        ids_keep, ids_remove = random_masking(noise, self.mask_ratio)
+        latent = self.forward_encoder(patchify(imgs, self.patch_size), ids_keep)
+        pred = self.forward_decoder(latent, ids_keep, ids_remove, predict_all=True)
+        ids_restore = noise.argsort(dim=1).argsort(dim=1)
+        mask = torch.ones_like(noise).scatter(1, ids_keep, 0.0)
+        return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
+
+    def picture(self, imgs):
+        """Rows of a picture, each (N, 3, H, W): original, masked, and the prediction of the removed patches pasted in.
+
+        A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
+        """
+        pred, mask = self.reconstruct(imgs)
+        patches, mask = patchify(imgs, self.patch_size), mask[:, :, None]
+        if self.norm_pix:
+            pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + patches.mean(dim=-1, keepdim=True)
+        rows = (patches, patches * (1 - mask), patches * (1 - mask) + pred * mask)
+        return [unpatchify(row, self.patch_size, self.grid_size) for row in rows]
+
+
+def build_model(args):
+    """The model that the command line describes."""
+    return MAE(**{**VIT_SIZES[args.model], "img_size": args.img_size, "patch_size": args.patch_size},
+               decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+               decoder_num_heads=args.decoder_num_heads, mask_ratio=args.mask_ratio, norm_pix=args.norm_pix)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation, processes, files
+# ---------------------------------------------------------------------------------------------------------------------
+def learning_rate(epoch, args):
+    """Rate at a (fractional) epoch: linear warm-up from 0 to blr · batch_size / 256, then half a cosine to 0."""
+    peak = args.blr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)))
+
+
+def param_groups(model, weight_decay):
+    """Weight decay on everything that is trained and not 1-D (1-D: biases and norms)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def init_distributed(args):
+    """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device."""
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def amp_dtype(choice, device):
+    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated."""
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif choice == "auto":
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        choice = "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16") else "none"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
+
+
+def save(obj, path):
+    """Saves beside `path` and moves it there, so that an interrupted write costs nothing."""
+    torch.save(obj, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, args, model, optimizer, scaler):
+    """Goes on from `path`, if it is there: restores the state and returns the step to go on at, else 0. Raises InputError
+    where the checkpoint is another recipe's."""
+    if args.no_resume or not path.exists():
+        return 0
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
+    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
+               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    if changed:
+        raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, another "
+                         f"--output_dir for a new run, or --no_resume to start over")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"]
+
+
+def save_picture(rows, path, normalize):
+    """One PNG: a row of the grid for each of `rows` (N, 3, H, W), normalised images."""
+    imgs = torch.cat([normalize.inverse(row).float().clamp(0, 1).cpu() for row in rows])
+    save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
+
+
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def main(args):
+    """Pre-trains from the start, or from where OUTPUT/last.pt was saved, to the end."""
+    rank, world_size, device = init_distributed(args)
+    output = Path(args.output_dir)
+
+    # Data
+    source = load_dataset(args.data, "pretrain", args.data_root)
+    plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
+                rank=rank, world_size=world_size, seed=args.seed)
+    steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed)
+    normalize = Normalize().to(device)
+
+    # Model and optimiser: every process starts from the same weights
+    torch.manual_seed(args.seed)
+    model = build_model(args).to(device)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    dtype = amp_dtype(args.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    if args.compile:
+        model.compile()
+    net = DistributedDataParallel(model) if world_size > 1 else model
+    batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
+
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        if start == 0:
+            (output / "log.jsonl").unlink(missing_ok=True)
+        print(f"{Path(__file__).name}: {args.model}/{model.patch_size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+              f"parameters, {len(source)} images, {device.type} × {world_size}, amp {str(dtype).removeprefix('torch.')}\n"
+              f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} process(es) × "
+              f"{args.accum_iter} accumulated = effective batch {args.batch_size}, "
+              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}\n"
+              f"epoch {start // steps_per_epoch} to {args.epochs} of {steps_per_epoch} steps, into {output}", flush=True)
+
+    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size, unit=" images",
+               unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
+    totals, epoch_start = {}, time.time()
+    model.train()
+    for step in range(start, args.epochs * steps_per_epoch):
+        lr = learning_rate(step / steps_per_epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for part in range(args.accum_iter):
+            imgs = normalize(next(batches)[0].to(device, non_blocking=True))
+            torch.manual_seed(seed_from(args.seed, step, part, rank))   # masks and dropout need no saved random state
+            net.require_backward_grad_sync = part == args.accum_iter - 1
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss, stats = net(imgs)
+            scaler.scale(loss / args.accum_iter).backward()
+            for name, value in stats.items():                           # summed on the device: no wait for it here
+                totals[name] = totals.get(name, 0.0) + value / args.accum_iter
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
+        bar.update(args.batch_size)
+        if done % 20 == 0:
+            bar.set_postfix(epoch=epoch, loss=f"{totals['loss'].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
+        if done < steps_per_epoch:
+            continue
+
+        # The end of an epoch: log, checkpoint, picture
+        means = torch.stack([value.float() / steps_per_epoch for value in totals.values()])
+        if world_size > 1:
+            dist.all_reduce(means)
+        line = dict(zip(totals, (means / world_size).tolist()))
+        seconds = time.time() - epoch_start
+        if rank == 0:
+            line = {"epoch": epoch, **line, "lr": lr, "images_per_s": steps_per_epoch * args.batch_size / seconds, "seconds": seconds}
+            with open(output / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "step": step + 1, "args": vars(args)}, output / "last.pt")
+            model.eval()
+            save_picture(model.picture(imgs[:8]), output / "reconstruction.png", normalize)
+            model.train()
+        totals, epoch_start = {}, time.time()
+
+    bar.close()
+    if rank == 0:
+        save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
+        print(f"Done. Encoder: {output}/encoder.pt. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

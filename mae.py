@@ -43,7 +43,7 @@ from common import (VIT_SIZES, ViT, Block, init_linear, sincos_pos_embed, check_
                     Normalize, load_dataset, make_loader, seed_from, train_transform)
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
-            decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3)
+            decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ class MAE(ViT):
         """Visible patches to tokens: patches (N, L, P·P·3), ids_keep (N, keep) -> (N, 1 + keep, D)."""
         x = self.patch_embed(patches.take_along_dim(ids_keep[:, :, None], dim=1))        # (N, keep, D)
         x = x + self.pos_embed[0, 1 + ids_keep]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)                 # (N, 1 + keep, D)
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)                      # (N, 1 + keep, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -274,8 +275,12 @@ def amp_dtype(choice, device):
     if choice == "auto" and device.type == "cuda":
         choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif choice == "auto":
-        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        choice = "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16") else "none"
+        if hasattr(torch.cpu, "get_capabilities"):
+            features = torch.cpu.get_capabilities()
+            in_hardware = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))   # bf16: ARM's
+        else:                                                           # before torch 2.11
+            in_hardware = torch.cpu._is_avx512_bf16_supported()
+        choice = "bf16" if device.type == "cpu" and in_hardware else "none"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
 
@@ -30,7 +31,7 @@ class InputError(ValueError):
 # Vision Transformer
 # ---------------------------------------------------------------------------------------------------------------------
 VIT_SIZES = {
-    "vit_micro": dict(patch_size=16, embed_dim=128, depth=4, num_heads=2),     # ours, for laptops: 0.8 M parameters
+    "vit_micro": dict(patch_size=16, embed_dim=128, depth=4, num_heads=2),     # ours, for laptops
     "vit_tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),     # DeiT's
     "vit_small": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),    # DeiT's
     "vit_base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
@@ -42,7 +43,7 @@ ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")  
 
 def check_vit(img_size, patch_size, embed_dim, num_heads):
     """Raises InputError where a ViT cannot have these sizes."""
-    if any(n % patch_size or n <= 0 for n in pair(img_size)):
+    if patch_size < 1 or any(n % patch_size or n < 1 for n in pair(img_size)):
         raise InputError(f"an image of {'×'.join(map(str, pair(img_size)))} pixels is not a whole number of patches of "
                          f"{patch_size}: change --img_size or --patch_size")
     if embed_dim % num_heads or embed_dim % 4:
@@ -50,9 +51,11 @@ def check_vit(img_size, patch_size, embed_dim, num_heads):
 
 
 def pair(size):
-    """Image size as (height, width) in pixels, from one number (square) or a sequence of one or two."""
-    height, *width = (size,) if isinstance(size, int) else size
-    return (height, *(width or [height]))
+    """Image size as (height, width) in pixels, from one number (square) or a sequence of 1 or 2. Else InputError."""
+    size = (size,) if isinstance(size, int) else tuple(size)
+    if len(size) not in (1, 2):
+        raise InputError(f"an image size is one number or two, not {len(size)}")
+    return (size[0], size[-1])
 
 
 def sincos_pos_embed(dim, grid_size):
@@ -77,7 +80,7 @@ def init_linear(module):
 
 def attention(q, k, v, dropout=0.0):
     """softmax(q kᵀ / √d) v with dropout on the probabilities; q, k, v and the result are (N, heads, L, d)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # here the fused kernel is up to 3 times slower
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # here the fused kernel is several times slower
         attn = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
         return F.dropout(attn, dropout, training=dropout > 0) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -191,7 +194,7 @@ class ViT(nn.Module):
 IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of the channels R, G, B in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# name: (class in torchvision.datasets, its keyword for the split, pre-training splits, labelled splits, evaluation split)
+# name: (class in torchvision.datasets, its keyword for the split, splits to pre-train, to train, and to evaluate on)
 TORCHVISION_DATASETS = {
     "cifar10": ("CIFAR10", "train", [True], [True], False),
     "cifar100": ("CIFAR100", "train", [True], [True], False),
@@ -216,14 +219,18 @@ def load_dataset(data, split, data_root="data"):
         return Shapes(split)
     if data in TORCHVISION_DATASETS:
         return NamedDataset(data, split, data_root)
-    folder = os.path.join(data, "val" if split == "val" else "train")
-    if os.path.isdir(folder):
-        return FolderDataset(folder)
     if not os.path.isdir(data):
         raise InputError(f"no data at '{data}': point --data at a folder of your images, or name a data set (shapes, "
                          f"{', '.join(TORCHVISION_DATASETS)}), or try --demo, which needs none")
+    train, val = os.path.join(data, "train"), os.path.join(data, "val")
     if split == "val":
-        raise InputError(f"'{data}' has no folder val/: evaluation needs {data}/train/CLASS/*.jpg and val/CLASS/*.jpg")
+        if not os.path.isdir(val):
+            raise InputError(f"'{data}' has no folder val/: evaluation needs train/CLASS/*.jpg and val/CLASS/*.jpg there")
+        return FolderDataset(val)
+    if os.path.isdir(train):    # a split, unless it is one class of several: those hold no folders
+        alone = not any(entry.is_dir() and entry.name != "train" for entry in os.scandir(data))
+        if alone or os.path.isdir(val) or any(entry.is_dir() for entry in os.scandir(train)):
+            return FolderDataset(train)
     return FolderDataset(data)
 
 
@@ -234,26 +241,45 @@ def load_rgb(path):
         with Image.open(path) as img:
             if img.mode[0] in "IF":     # a plain conversion clamps these to 255: an image all white
                 raise ValueError(f"more than 8 bits a pixel (mode {img.mode}); rescale to 8 bits as suits your images")
-            img = ImageOps.exif_transpose(img)
-            return (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be used as an image: {str(error).splitlines()[0]}") from error
+            turn = UPRIGHT.get(exif_orientation(img))
+            img = (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
+            return img if turn is None else img.transpose(turn)
+    except Exception as error:      # what Pillow raises depends on what is wrong
+        raise InputError(f"{str(path)!r} cannot be used as an image: {error!r}") from error
+
+
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def exif_orientation(img):
+    """The EXIF tag; None without one or where the EXIF data is broken, which Pillow's own exif_transpose doesn't bear."""
+    try:
+        return img.getexif().get(0x0112)
+    except Exception:
+        return None
 
 
 class FolderDataset(Dataset):
-    """Every image below `root`. Its class is the folder of `root` that it lies in; if some image lies in none, the whole
-    set is unlabelled. Hidden files are passed over."""
+    """Every image below `root`. Its class is the folder of `root` that it lies in; if some image lies in none (`stray`
+    is the first of them), the whole set is unlabelled. What is hidden is passed over. Raises InputError without images."""
 
     def __init__(self, root):
-        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
-                       if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and name[0] != ".")
+        paths = []
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            subfolders[:] = [name for name in subfolders if name[0] != "."]
+            paths += [os.path.join(folder, name) for name in names
+                      if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+        paths.sort()
         if not paths:
-            raise InputError(f"no image below '{root}' (looked for {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)})")
+            raise InputError(f"no image below '{root}' (looked for {' '.join(IMG_EXTENSIONS)})")
         folders = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
-        self.classes = sorted({parts[0] for parts in folders}) if all(folders) else None
+        self.stray = next((path for path, parts in zip(paths, folders) if not parts), None)
+        self.classes = sorted({parts[0] for parts in folders}) if self.stray is None else None
         numbers = {name: i for i, name in enumerate(self.classes or [])}
         self.labels = np.array([numbers[parts[0]] if numbers else -1 for parts in folders])
-        self.paths = np.array([os.fsencode(path) for path in paths])   # one array: workers share its memory, unlike a list's
+        self.paths = np.array([os.fsencode(path) for path in paths])    # workers share an array's memory, not a list's
 
     def __len__(self):
         return len(self.paths)
@@ -272,9 +298,10 @@ class NamedDataset(Dataset):
         if distributed and int(os.environ.get("LOCAL_RANK", 0)) > 0:
             torch.distributed.barrier()         # the first process of each machine downloads, the others wait …
         try:
-            parts = [getattr(torchvision.datasets, class_name)(root, download=True, **{keyword: part}) for part in splits]
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{name}: not in '{root}' and could not be downloaded: {error or type(error).__name__}") from error
+            dataset = getattr(torchvision.datasets, class_name)
+            parts = [dataset(root, download=True, **{keyword: part}) for part in splits]
+        except (OSError, RuntimeError, ImportError) as error:   # ImportError: flowers102 is read with scipy
+            raise InputError(f"{name}: not in '{root}', and could not be downloaded: {error!r}") from error
         finally:
             if distributed and int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 torch.distributed.barrier()     # … until it is done
@@ -292,15 +319,15 @@ class NamedDataset(Dataset):
 class Shapes(Dataset):
     """A small labelled data set that is drawn, not downloaded: 36×36 pixels, the same on every machine.
 
-    An image shows one big shape under coloured, uneven light, before and behind small clutter. Its class is the pattern on
-    the shape. Outline, place, size, tilt, wavelength, phase, contrast, light and clutter are all random, so that no pixel
-    and no colour gives the class away: one has to see how patches relate.
+    An image shows one big shape under coloured, uneven light, before and behind small clutter. Its class is the pattern
+    on the shape. Outline, place, size, tilt, wavelength, phase, contrast, light and clutter are all random, so that no
+    pixel and no colour gives the class away: one has to see how neighbours relate.
     """
     classes = ["plain", "rows", "columns", "diagonals", "checks", "dots", "rings", "grid"]
 
     def __init__(self, split):
         count, stream = (2000, 1) if split == "val" else (6000, 0)
-        randoms = [np.random.RandomState([stream, i]) for i in range(count)]    # numpy promises never to change its numbers
+        randoms = [np.random.RandomState([stream, i]) for i in range(count)]    # numpy has frozen this one's numbers
         self.labels = np.array([random.randint(len(self.classes)) for random in randoms])
         self.images = np.stack([draw_shape(self.classes[label], random) for label, random in zip(self.labels, randoms)])
 
@@ -367,7 +394,8 @@ def train_transform(img_size, scale):
 
 
 def eval_transform(img_size):
-    """Resize to 256/224 of the image size (to the size itself above 224), bicubic, and centre crop; to uint8 (3, H, W)."""
+    """Resize to 256/224 of the size (above 224: to the size itself), bicubic, and centre crop; to uint8 (3, H, W).
+    Where the size isn't square, the image's shorter side is resized by the crop's longer one."""
     longer = max(pair(img_size))
     return v2.Compose([v2.Resize(longer * 256 // 224 if longer <= 224 else longer, InterpolationMode.BICUBIC),
                        v2.CenterCrop(pair(img_size)), v2.PILToTensor()])
@@ -375,11 +403,11 @@ def eval_transform(img_size):
 
 def seed_from(*numbers):
     """One 63-bit seed from several integers ≥ 0, such as (seed, epoch, index), well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Crops(Dataset):
-    """Item (epoch, index): the image `index` of a source, transformed at random as (seed, epoch, index) alone decides."""
+    """Item (epoch, index): image `index` of a source, transformed at random as (seed, epoch, index) alone decides."""
 
     def __init__(self, source, transform, seed=0):
         self.source, self.transform, self.seed = source, transform, seed
@@ -398,8 +426,9 @@ class GlobalBatches:
     """This process's micro-batches of a whole run, as lists of (epoch, index); the last images of an epoch that fill no
     batch are left out, and each epoch is shuffled anew.
 
-    A global batch of `batch_size` images belongs to one step; it is cut into `accum_iter` parts, and each part among the
-    processes, so that what a step trains on doesn't depend on their number. `start_step` is where a resumed run goes on.
+    A global batch of `batch_size` images belongs to one step; it is cut into `accum_iter` parts, and each part among
+    the processes, so that what a step trains on doesn't depend on their number. `start_step` is where a run goes on.
+    Raises InputError where the images don't fill one batch.
     """
 
     def __init__(self, num_images, batch_size, epochs, accum_iter=1, rank=0, world_size=1, seed=0, start_step=0):
@@ -419,14 +448,15 @@ class GlobalBatches:
         for step in self.steps:
             epoch, i = divmod(step, self.steps_per_epoch)
             if order is None or i == 0:
-                order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed_from(self.seed, epoch)))
+                generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
+                order = torch.randperm(self.num_images, generator=generator)
             for part in range(self.accum_iter):
                 first = i * self.batch_size + (part * self.world_size + self.rank) * share
                 yield [(epoch, index) for index in order[first:first + share].tolist()]
 
 
 def eval_batches(num_images, batch_size, rank=0, world_size=1):
-    """This process's share of a data set, in order, as batches of (epoch 0, index): every image in exactly one process."""
+    """This process's share of a data set, in order, as lists of (0, index): every image is in exactly one process's."""
     mine = range(rank, num_images, world_size)
     return [[(0, index) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 

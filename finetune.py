@@ -1,20 +1,23 @@
-"""What pre-trained features are worth: fine-tuning, linear probing, partial fine-tuning and k-NN, as the MAE paper does it.
+"""What pre-trained features are worth: fine-tuning, linear probing, partial fine-tuning and k-NN, as in the MAE paper.
 
-    python finetune.py --ckpt runs/mae/encoder.pt --mode finetune --data imagenet   # everything trains (Table 9)
-    python finetune.py --ckpt runs/mae/encoder.pt --mode linear                     # a linear layer on frozen features (Table 10)
-    python finetune.py --ckpt runs/mae/encoder.pt --mode partial --blocks 4         # the last blocks train (Figure 9)
-    python finetune.py --ckpt runs/mae/encoder.pt --mode knn                        # no training: the quick look
-    torchrun --nproc_per_node 8 finetune.py …                                       # several GPUs
-    python finetune.py --demo --ckpt runs/mae/last.pt --mode linear                 # a laptop CPU, on drawn images
+    python finetune.py --ckpt runs/mae/encoder.pt --data imagenet            # everything trains (Table 9)
+    python finetune.py --ckpt runs/mae/encoder.pt --mode linear              # a layer on frozen features (Table 10)
+    python finetune.py --ckpt runs/mae/encoder.pt --mode partial --blocks 4  # the last blocks train (Figure 9)
+    python finetune.py --ckpt runs/mae/encoder.pt --mode knn                 # no training: the quick look
+    torchrun --nproc_per_node 8 finetune.py --ckpt runs/mae/encoder.pt       # several GPUs
+    python finetune.py --demo --ckpt runs/mae/last.pt --mode linear          # a laptop CPU, on drawn images
 
-`--ckpt` takes a method script's last.pt or encoder.pt, a public MAE checkpoint, or `none`: random weights, the baseline.
+`--ckpt` takes a method script's last.pt or encoder.pt, a public MAE checkpoint, or `none` for random weights.
 The result is the last line printed and OUTPUT/result.json: accuracy of the last epoch, not of the best one.
 
-The recipe's defaults depend on the encoder's size (B: up to 768 wide, L: 1024, H: 1280). Chosen where papers are silent or
-differ: partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
---epochs), n = 0 blocks is linear probing; the norm in front of a trained head always trains. SdAE fine-tunes ViT-B with
-`--batch_size 2048 --warmup_epochs 10`, EMAE with `--blr 1e-3`. RandAugment is timm's `rand-m9-mstd0.5-inc1`, op by op.
-Positions are resampled (bicubic, antialiased) when the image size differs from pre-training's.
+The recipe's defaults depend on the encoder's size (B: up to 768 wide, L: 1024, H: 1280). Chosen where the papers are
+silent or differ:
+- Partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
+  --epochs); 0 blocks is linear probing. In fine-tuning and partial fine-tuning the norm before the head trains.
+- SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10`, EMAE with `--blr 1e-3`: not the defaults.
+- Random weights (`--ckpt none`) train without layer-wise decay: there is nothing in the lower layers to preserve.
+- RandAugment is timm's `rand-m9-mstd0.5-inc1`, op by op. Mixup's and cutmix's partner is the batch's previous image.
+- Positions are resampled, bicubic and antialiased, when the image size differs from pre-training's.
 """
 import argparse
 import hashlib
@@ -35,12 +38,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import (VIT_SIZES, ViT, Crops, GlobalBatches, InputError, Normalize, eval_batches, eval_transform, load_dataset,
-                    make_loader, pair, seed_from, train_transform)
-from mae import amp_dtype, init_distributed, load_checkpoint, save
+from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, ViT, eval_batches, eval_transform,
+                    load_dataset, make_loader, pair, seed_from, train_transform)
+from mae import amp_dtype, init_distributed, load_checkpoint, save, start_over
 
 FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
-LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0, drop_path=0.0)
+LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0,
+              drop_path=0.0)
 RECIPES = {
     ("finetune", "B"): dict(FINETUNE, epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1),
     ("finetune", "L"): dict(FINETUNE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
@@ -49,7 +53,7 @@ RECIPES = {
     ("linear", "L"): dict(LINEAR, epochs=50),
     ("linear", "H"): dict(LINEAR, epochs=50),
 }
-DEMO = {  # small data wants many small steps and mild augmentation; so early the cls token has learnt little: pool the patches
+DEMO = {  # small data wants many small steps; so early in training the cls token has learnt little: pool the patches
     "finetune": dict(epochs=10, batch_size=64, blr=4e-3, warmup_epochs=1, drop_path=0.0, pool="avg"),
     "linear": dict(epochs=6, batch_size=128, blr=20.0, warmup_epochs=1, pool="avg"),
     "knn": dict(pool="avg"),
@@ -71,7 +75,7 @@ def get_args(argv=None):
     data.add_argument("--data", default="data/imagenet", help="folder with train/ and val/, or a data set by name")
     data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
     data.add_argument("--crop_scale", type=float, nargs=2, default=[0.08, 1.0], help="area of RandomResizedCrop")
-    data.add_argument("--img_size", type=int, nargs="+", help="pixels: one number, or height and width (default: as pre-trained)")
+    data.add_argument("--img_size", type=int, nargs="+", help="pixels: one or two (default: as pre-trained)")
     data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
 
     model = parser.add_argument_group("model")
@@ -84,13 +88,13 @@ def get_args(argv=None):
     optim = parser.add_argument_group("optimisation (Tables 9 and 10)")
     optim.add_argument("--epochs", type=int, help="default: finetune B 100, L and H 50; linear B 90, L and H 50")
     optim.add_argument("--warmup_epochs", type=float, help="default: 5; linear 10")
-    optim.add_argument("--batch_size", type=int, help="images per step, over all processes (default: 1024; linear 16384)")
-    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share of a step")
-    optim.add_argument("--blr", type=float, help="lr = blr · batch_size / 256 (default: B 5e-4, L and H 1e-3; linear 0.1)")
+    optim.add_argument("--batch_size", type=int, help="images per step, all processes (default: 1024; linear 16384)")
+    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share")
+    optim.add_argument("--blr", type=float, help="lr = blr · batch_size / 256 (default: B 5e-4, L, H 1e-3; linear 0.1)")
     optim.add_argument("--min_lr", type=float, help="where the cosine ends (default: 1e-6; linear 0)")
     optim.add_argument("--weight_decay", type=float, help="default: 0.05; linear 0")
-    optim.add_argument("--layer_decay", type=float, help="rate of a block over the next one's (default: B 0.65, L and H 0.75; "
-                       "1 from random weights)")
+    optim.add_argument("--layer_decay", type=float, help="rate of a block over that of the next "
+                       "(default: B 0.65, L and H 0.75; random weights 1)")
 
     regular = parser.add_argument_group("regularisation, finetune and partial (Table 9)")
     regular.add_argument("--rand_augment", action=argparse.BooleanOptionalAction, default=True)
@@ -122,7 +126,8 @@ def get_args(argv=None):
     if args.output_dir is None:
         args.output_dir = str((Path("runs/none") if args.ckpt == "none" else Path(args.ckpt).parent) / args.mode)
     if args.num_workers is None:
-        args.num_workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return args
 
 
@@ -136,11 +141,21 @@ def fill_recipe(args, embed_dim):
         if getattr(args, name) is None:
             setattr(args, name, value)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
     for right, advice in (
-        (args.batch_size >= 1 and args.accum_iter >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
-         f"--batch_size {args.batch_size} cannot be shared by {world_size} process(es) × --accum_iter {args.accum_iter}"),
-        (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
+        (args.mode == "knn" or
+         min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+         f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
+        (args.mode == "knn" or args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
+        (args.mode != "linear" or args.batch_size >= 2 * world_size * args.accum_iter,
+         "--batch_size must leave at least 2 images for a process to normalise over"),
+        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
+        (args.blr > 0 and 0 < args.layer_decay <= 1, "--blr must be above 0, --layer_decay above 0 and at most 1"),
+        (0 <= args.drop_path < 1, "--drop_path must be at least 0 and below 1"),
+        (0 <= args.erasing <= 1 and 0 <= args.smoothing < 1, "--erasing and --smoothing must be between 0 and 1"),
+        (min(args.weight_decay, args.min_lr, args.mixup, args.cutmix, args.num_workers, args.seed, args.blocks) >= 0,
+         "--weight_decay, --min_lr, --mixup, --cutmix, --num_workers, --seed and --blocks must be at least 0"),
         (args.k >= 1 and args.temperature > 0, "--k must be at least 1, --temperature above 0"),
     ):
         if not right:
@@ -153,33 +168,33 @@ def fill_recipe(args, embed_dim):
 def load_encoder(path):
     """Reads an encoder: its weights under the public names, and the keywords of ViT that they fit.
 
-    Takes {"model": weights, …} or the weights alone, with or without a decoder and whatever else a method keeps beside its
-    encoder, which is left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
+    Takes {"model": weights, …} or the weights alone; a decoder, and whatever else a method keeps beside its encoder, is
+    left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"no checkpoint at '{path}': give a last.pt or encoder.pt, or `none` for random weights") from None
+        raise InputError(f"no checkpoint at '{path}': give a last.pt, an encoder.pt, or none") from None
     except Exception as error:      # what torch.load raises depends on what the file is instead
         raise InputError(f"'{path}' is no checkpoint, is cut short, or holds more than tensors and plain containers "
                          f"({type(error).__name__}); it was not loaded") from error
     weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    missing = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight") if name not in weights]
-    if missing:
-        decoder = "only a decoder" if any(name.startswith("decoder") for name in weights) else "no ViT encoder"
-        raise InputError(f"'{path}' holds {decoder}: {missing[0]} is missing")
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+        if name not in weights:
+            decoder = "only a decoder" if any(other.startswith("decoder") for other in weights) else "no ViT encoder"
+            raise InputError(f"'{path}' holds {decoder}: {name} is missing")
 
     embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    heads = [size["num_heads"] for size in VIT_SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
-    if not heads:
+    heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in VIT_SIZES.values()}
+    if (embed_dim, depth) not in heads:
         raise InputError(f"'{path}' holds an encoder {embed_dim} wide with {depth} blocks: no size in common.VIT_SIZES")
     saved = checkpoint.get("args", {})
     img_size = saved.get("img_size") if isinstance(saved, dict) else None           # public checkpoints are square
     num_patches = weights["pos_embed"].shape[1] - 1
     vit = dict(img_size=img_size or math.isqrt(num_patches) * patch_size, patch_size=patch_size, embed_dim=embed_dim,
-               depth=depth, num_heads=heads[0])
+               depth=depth, num_heads=heads[embed_dim, depth])
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in ViT(**vit).state_dict().items()}
     for name, shape in expected.items():
@@ -187,6 +202,9 @@ def load_encoder(path):
             raise InputError(f"'{path}' lacks the encoder's {name}")
         if tuple(weights[name].shape) != shape:
             raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, a ViT of its size has {shape}")
+    left_out = len(weights) - len(expected)
+    if left_out and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{path}: {left_out} tensors beside the encoder (a decoder's, say) are not needed here and left out")
     return {name: weights[name] for name in expected}, vit
 
 
@@ -200,10 +218,9 @@ def resample_pos_embed(pos_embed, old_grid, new_grid):
 
 
 class Classifier(ViT):
-    """The encoder with a head. pool="avg": mean of the patch tokens → fc_norm → Linear, as in fine-tuning. pool="cls": the
-    cls token after `norm`. `linear_probe`: a BatchNorm without parameters before the Linear, and after `norm`.
-
-    `train_blocks` is how many of the last blocks train; with all of them, embeddings and positions train too.
+    """The encoder with a head: Linear on the cls token after `norm` (pool="cls") or on fc_norm of the mean of the patch
+    tokens (pool="avg"). `linear_probe`: features are those after `norm`, a BatchNorm without parameters precedes the
+    Linear. `train_blocks` is how many of the last blocks train, None for everything: embeddings and positions too.
     """
 
     def __init__(self, num_classes, pool, linear_probe=False, train_blocks=None, **vit):
@@ -221,7 +238,8 @@ class Classifier(ViT):
         if train_blocks is None or train_blocks >= len(self.blocks):
             self.pos_embed.requires_grad_(True)
         else:
-            self.frozen = [self.patch_embed, *self.blocks[:len(self.blocks) - train_blocks]] + [self.norm] * linear_probe
+            self.frozen = [self.patch_embed, *self.blocks[:len(self.blocks) - train_blocks]]
+            self.frozen += [self.norm] if linear_probe else []
             self.cls_token.requires_grad_(False)
             for module in self.frozen:
                 module.requires_grad_(False)
@@ -229,19 +247,20 @@ class Classifier(ViT):
     def train(self, mode=True):
         """As Module.train, but what is frozen stays in evaluation mode: no drop path there."""
         super().train(mode)
-        for module in getattr(self, "frozen", []):
+        for module in self.frozen:
             module.eval()
         return self
 
     def forward(self, imgs):
         """Images (N, 3, H, W) to logits (N, classes)."""
         x = self.features(imgs, self.pool)
-        return self.head(self.fc_norm(x) if hasattr(self, "fc_norm") else x)
+        with torch.autocast(x.device.type, enabled=False):      # bf16 has too few digits to rank a thousand classes
+            return self.head((self.fc_norm(x) if hasattr(self, "fc_norm") else x).float())
 
 
 def param_groups(model, weight_decay, layer_decay):
-    """Groups with layer-wise decay: embeddings layer_decay^(depth + 1) of the rate, block i layer_decay^(depth - i), the
-    rest all of it. No weight decay on 1-D parameters, the cls token and the positions (BEiT, Appendix; MAE, Table 9)."""
+    """Groups with layer-wise decay (MAE, Table 9): embeddings get layer_decay^(depth + 1) of the rate, block i
+    layer_decay^(depth - i), the rest all of it. No weight decay on 1-D parameters, the cls token and the positions."""
     depth, groups = len(model.blocks), {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
@@ -316,8 +335,8 @@ RAND_AUGMENT_OPS = {  # of an RGB PIL image, a level m in [0, 1] that grows with
 
 
 def rand_augment(img):
-    """RandAugment (arXiv:1909.13719) as timm's `rand-m9-mstd0.5-inc1`: two ops drawn from 15, each applied with probability
-    0.5 at magnitude N(9, 0.5) of 10. Draws from torch's generator."""
+    """RandAugment (arXiv:1909.13719) as timm's `rand-m9-mstd0.5-inc1`: two ops drawn from 15, each applied with
+    probability 0.5 at magnitude N(9, 0.5) of 10. Draws from torch's generator."""
     for op in torch.randint(len(RAND_AUGMENT_OPS), (2,)).tolist():
         apply, sign, normal = *(torch.rand(2) < 0.5).tolist(), torch.randn(()).item()
         if apply:
@@ -327,11 +346,12 @@ def rand_augment(img):
 
 
 def mix(imgs, labels, num_classes, args):
-    """Random erasing on each normalised image (N, 3, H, W), then mixup or cutmix on the batch; labels become (N, classes)."""
+    """Random erasing of each normalised image (N, 3, H, W), then mixup or cutmix; labels become (N, classes)."""
     if args.erasing:
         erase = v2.RandomErasing(p=args.erasing, value="random")
         imgs = torch.stack([erase(img) for img in imgs])
-    choices = [make(alpha=alpha, num_classes=num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    choices = [transform(alpha=alpha, num_classes=num_classes)
+               for transform, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     return v2.RandomChoice(choices)(imgs, labels) if choices else (imgs, labels)
 
 
@@ -339,11 +359,11 @@ def mix(imgs, labels, num_classes, args):
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 def load_labelled(args):
-    """The training and the validation set, with one numbering of the classes. Raises InputError where labels are missing."""
+    """The training and the validation set, with one numbering of the classes. Raises InputError without labels."""
     train, val = (load_dataset(args.data, split, args.data_root) for split in ("train", "val"))
-    for split, dataset in (("train", train), ("validation", val)):
+    for dataset in (train, val):
         if dataset.classes is None:
-            raise InputError(f"the {split} images of '{args.data}' have no labels: put each class into a folder of its own")
+            raise InputError(f"'{args.data}' has no labels: {dataset.stray} lies in no class folder")
     if val.classes != train.classes:    # validation may lack classes, but not have others
         unknown = sorted(set(val.classes) - set(train.classes))
         if unknown:
@@ -356,7 +376,7 @@ def load_labelled(args):
 def evaluate(model, loader, normalize, dtype):
     """Top-1 and top-5 in %, and the number of images, over all processes' shares."""
     device = normalize.mean.device
-    counts = torch.zeros(3, device=device, dtype=torch.float64)
+    counts = torch.zeros(3, device=device)
     model.eval()
     for imgs, labels in loader:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -365,14 +385,19 @@ def evaluate(model, loader, normalize, dtype):
     model.train()
     if dist.is_initialized():
         dist.all_reduce(counts)
-    top1, top5, number = counts.tolist()
-    return 100 * top1 / number, 100 * top5 / number, int(number)
+    return to_percent(counts)
 
 
 def hits(scores, labels):
     """Of scores (N, classes) and labels (N,): how many are right at first, how many among the first five, and N."""
     right = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([right[:, 0].sum(), right.sum(), right.new_tensor(len(labels), dtype=torch.int64)]).double()
+    return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()]).float()
+
+
+def to_percent(counts):
+    """Sums of `hits` as top-1 in %, top-5 in %, number of images."""
+    top1, top5, number = counts.tolist()
+    return 100 * top1 / number, 100 * top5 / number, int(number)
 
 
 def gather(x):
@@ -388,7 +413,7 @@ def gather(x):
 def extract_features(model, loader, normalize, dtype, pool):
     """Features of unit length (N, D) and labels (N,) of the whole data set, on every process, on the CPU."""
     device = normalize.mean.device
-    features, labels = [], []
+    features, labels = [torch.empty(0, model.cls_token.shape[-1], device=device)], [torch.empty(0, dtype=torch.int64)]
     for imgs, label in tqdm(loader, unit="batch", disable=dist.is_initialized() and dist.get_rank() > 0):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             x = model.features(normalize(imgs.to(device, non_blocking=True)), pool)
@@ -398,8 +423,8 @@ def extract_features(model, loader, normalize, dtype, pool):
 
 
 def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
-    """Votes (N, classes) of the k nearest of `bank` (M, D) by cosine, each weighing exp(cosine / temperature), for features
-    (N, D); both of unit length (Wu et al., arXiv:1805.01978)."""
+    """Votes (N, classes) for features (N, D): of the k nearest of `bank` (M, D) by cosine, each weighs
+    exp(cosine / temperature); both have unit length (Wu et al., arXiv:1805.01978)."""
     similarity, nearest = (features @ bank.T).topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(features), num_classes, device=features.device)
     return votes.scatter_add(1, bank_labels[nearest], (similarity / temperature).exp())
@@ -439,24 +464,28 @@ def main(args):
         model = Classifier(num_classes, args.pool, args.mode == "linear", train_blocks, **vit, drop_path=args.drop_path)
     if weights is not None:
         weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, model.grid_size)
-        args.encoder = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in weights.values())).hexdigest()[:16]
+        args.encoder = hashlib.sha256(b"".join(v.detach().float().numpy().tobytes() for v in weights.values())).hexdigest()[:16]
         model.load_state_dict(weights, strict=False)    # what is left as it is: the head, and its norm
     model.to(device)
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        print(f"{args.mode} of {args.ckpt}: {vit['embed_dim']} wide, {vit['depth']} blocks, patches of {vit['patch_size']}, images of "
-              f"{args.img_size[0]}×{args.img_size[1]}, {len(train_set)} to train, {len(val_set)} to validate, {num_classes} classes")
+        print(f"{args.mode} of {args.ckpt}: {vit['embed_dim']} wide, {vit['depth']} blocks, patches of "
+              f"{vit['patch_size']}, {' × '.join(map(str, args.img_size))} pixels, {len(train_set)} images to train, "
+              f"{len(val_set)} to validate, {num_classes} classes, {device.type}, "
+              f"amp {str(dtype).removeprefix('torch.')}")
 
     if args.mode == "knn":
         bank, bank_labels = extract_features(model.eval(), load_in_order(train_set), normalize, dtype, args.pool)
         features, labels = extract_features(model, load_in_order(val_set), normalize, dtype, args.pool)
-        counts = sum(hits(knn_scores(x.to(device), bank.to(device), bank_labels.to(device), num_classes, args.k, args.temperature),
-                          y.to(device)) for x, y in zip(features.split(1024), labels.split(1024))).tolist()
-        top1, top5, number = 100 * counts[0] / counts[2], 100 * counts[1] / counts[2], int(counts[2])
+        bank, bank_labels, counts = bank.to(device), bank_labels.to(device), 0
+        for x, y in zip(features.to(device).split(1024), labels.to(device).split(1024)):
+            counts += hits(knn_scores(x, bank, bank_labels, num_classes, args.k, args.temperature), y)
+        top1, top5, number = to_percent(counts)
         if rank == 0:
-            print("k-NN is a quick look: low figures are normal for masked autoencoders, whose features fine-tune well all the same.")
+            print("k-NN is a quick look: a low figure is normal for masked autoencoders, whatever their fine-tuning.")
     else:
-        top1, top5, number = train(args, model, train_set, load_in_order(val_set), normalize, dtype, rank, world_size, device)
+        val_loader = load_in_order(val_set)
+        top1, top5, number = train(args, model, train_set, val_loader, normalize, dtype, rank, world_size)
 
     result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": number, "ckpt": args.ckpt,
               "data": args.data, "args": {name: value for name, value in vars(args).items() if value is not None}}
@@ -468,9 +497,9 @@ def main(args):
     return result
 
 
-def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size, device):
+def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size):
     """Trains what is not frozen; returns the last epoch's top-1 and top-5 in %, and the number of validation images."""
-    output = Path(args.output_dir)
+    output, device = Path(args.output_dir), normalize.mean.device
     regularise = args.mode != "linear"
     plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
@@ -490,14 +519,15 @@ def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size
     num_classes = len(train_set.classes)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
     if rank == 0:
-        print(f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} process(es) × "
-              f"{args.accum_iter} accumulated = effective batch {args.batch_size}, "
-              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}", flush=True)
+        print(f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
+              f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
+              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}",
+              flush=True)
         if start == 0:
-            (output / "log.jsonl").unlink(missing_ok=True)
+            start_over(output)
 
-    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size, unit=" images",
-               unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
+               unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
     result, total, epoch_start = None, 0.0, time.time()
     model.train()
     for step in range(start, args.epochs * steps_per_epoch):
@@ -507,7 +537,7 @@ def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size
         for part in range(args.accum_iter):
             imgs, labels = next(batches)
             imgs, labels = normalize(imgs.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-            torch.manual_seed(seed_from(args.seed, step, part, rank))   # mixing and drop path need no saved random state
+            torch.manual_seed(seed_from(args.seed, step, part * world_size + rank))     # as in mae.py
             if regularise:
                 imgs, labels = mix(imgs, labels, num_classes, args)
             net.require_backward_grad_sync = part == args.accum_iter - 1
@@ -521,19 +551,22 @@ def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size
 
         epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
         bar.update(args.batch_size)
-        if done % 20 == 0:
+        if rank == 0 and (done % 20 == 0 or done == steps_per_epoch):
             bar.set_postfix(epoch=epoch, loss=f"{total.item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
         if done < steps_per_epoch:
             continue
-        seconds = time.time() - epoch_start
         if world_size > 1:
             dist.all_reduce(total)
-            for buffer in model.buffers():      # BatchNorm's statistics: the first process's for all, as DDP trains with
+        mean = total.item() / world_size / steps_per_epoch
+        seconds = time.time() - epoch_start
+        if world_size > 1:
+            for buffer in model.buffers():      # BatchNorm's statistics are the first process's, as under DDP
                 dist.broadcast(buffer, 0)
         result = evaluate(model, val_loader, normalize, dtype)
         if rank == 0:
-            line = {"epoch": epoch, "loss": total.item() / world_size / steps_per_epoch, "top1": result[0], "top5": result[1],
-                    "lr": lr, "images_per_s": steps_per_epoch * args.batch_size / seconds, "seconds": seconds}
+            line = {"epoch": epoch, "loss": mean, "top1": result[0],
+                    "top5": result[1], "lr": lr, "seconds": seconds,
+                    "images_per_s": steps_per_epoch * args.batch_size / seconds}
             with open(output / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),

@@ -2,7 +2,7 @@
 Kaiming He, Xinlei Chen, Saining Xie, Yanghao Li, Piotr Dollár, Ross Girshick. CVPR 2022. arXiv:2111.06377
 
 Three quarters of an image's patches are removed at random; a ViT encodes the visible quarter alone (Section 3, "MAE
-encoder"); a light decoder sees the encoded patches and one shared mask token for each removed patch, all with positions,
+encoder"). A light decoder sees the encoded patches and a shared mask token for each removed one, all with positions,
 and predicts the removed patches' pixels ("MAE decoder"). The loss is the mean squared error over the removed patches,
 each standardised by its own mean and variance ("Reconstruction target").
 
@@ -12,9 +12,9 @@ Chosen where the paper is silent or the released weights differ from it:
 - Per-patch standardisation takes the unbiased variance + 1e-6, as the released weights were trained with.
 - Weight decay is on everything that is not 1-D, so also on the cls and mask tokens, as released.
 - The learning rate is set per iteration (as released), 0 at the first.
-- The tokens stay in shuffled order in the decoder: attention doesn't see the order, and every token carries its position.
+- Tokens stay in shuffled order in the decoder: attention doesn't see the order, and every token carries its position.
   Only visible patches are embedded and only removed ones predicted: nothing is computed that the loss doesn't use.
-- Not implemented: block and grid masks, loss on all patches, PCA and dVAE targets, mask tokens in the encoder (Table 1).
+- Not implemented (Table 1): block and grid masks, loss on all patches, PCA and dVAE targets, encoder mask tokens.
 
     python mae.py --demo                                              # a laptop CPU, about two minutes
     python mae.py --data my_images --batch_size 256 --accum_iter 2    # one GPU
@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (VIT_SIZES, ViT, Block, init_linear, sincos_pos_embed, check_vit, pair, Crops, GlobalBatches, InputError,
-                    Normalize, load_dataset, make_loader, seed_from, train_transform)
+from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, ViT, check_vit, init_linear,
+                    load_dataset, make_loader, pair, seed_from, sincos_pos_embed, train_transform)
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
@@ -74,12 +74,12 @@ def get_args(argv=None):
     optim.add_argument("--epochs", type=int, default=800)
     optim.add_argument("--warmup_epochs", type=float, default=40)
     optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
-    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share of a step")
-    optim.add_argument("--blr", type=float, default=1.5e-4, help="learning rate per 256 images: lr = blr · batch_size / 256")
+    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share")
+    optim.add_argument("--blr", type=float, default=1.5e-4, help="base learning rate: lr = blr · batch_size / 256")
     optim.add_argument("--weight_decay", type=float, default=0.05)
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="last.pt, encoder.pt, log.jsonl, picture")
+    run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="for checkpoints, log and picture")
     run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -94,21 +94,24 @@ def get_args(argv=None):
     size = VIT_SIZES[args.model]
     args.patch_size = args.patch_size or size["patch_size"]
     if args.num_workers is None:
-        args.num_workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
     check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
     check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
+    shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
     for right, advice in (
-        (args.batch_size >= 1 and args.accum_iter >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
-         f"--batch_size {args.batch_size} cannot be shared by {world_size} process(es) × --accum_iter {args.accum_iter}"),
+        (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+         f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
         (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
          f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
         (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
-        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares of the area, 0 < min ≤ max ≤ 1"),
+        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
         (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
-        (args.decoder_depth >= 1 and args.num_workers >= 0, "--decoder_depth must be at least 1, --num_workers at least 0"),
+        (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
+         "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
     ):
         if not right:
             raise InputError(advice)
@@ -258,7 +261,8 @@ def param_groups(model, weight_decay):
 
 def init_distributed(args):
     """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device."""
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = args.device or best
     rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -271,7 +275,7 @@ def init_distributed(args):
 
 
 def amp_dtype(choice, device):
-    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated."""
+    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated; on MPS: none."""
     if choice == "auto" and device.type == "cuda":
         choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif choice == "auto":
@@ -291,21 +295,35 @@ def save(obj, path):
 
 
 def load_checkpoint(path, args, model, optimizer, scaler):
-    """Goes on from `path`, if it is there: restores the state and returns the step to go on at, else 0. Raises InputError
-    where the checkpoint is another recipe's."""
-    if args.no_resume or not path.exists():
+    """Goes on from `path`, if it is there: restores the state and returns the step to go on at, else 0.
+    Raises InputError where the checkpoint is another recipe's, or is not seen by every process."""
+    found = not args.no_resume and path.exists()
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        if len(set(everywhere)) > 1:
+            raise InputError(f"{path} is there for some processes only: put --output_dir on a disk that all machines share")
+    if not found:
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
     changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
                if name not in elsewhere and checkpoint["args"].get(name) != value]
     if changed:
-        raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, another "
-                         f"--output_dir for a new run, or --no_resume to start over")
+        raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
+                         f"another --output_dir for a new run, or --no_resume to start over")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["step"]
+
+
+def start_over(output):
+    """Makes way for a new run: an old checkpoint is kept as last.old.pt, so that nothing goes on from it."""
+    if (output / "last.pt").exists():
+        os.replace(output / "last.pt", output / "last.old.pt")
+    (output / "log.jsonl").unlink(missing_ok=True)
 
 
 def save_picture(rows, path, normalize):
@@ -314,6 +332,7 @@ def save_picture(rows, path, normalize):
     save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 def main(args):
@@ -344,16 +363,18 @@ def main(args):
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         if start == 0:
-            (output / "log.jsonl").unlink(missing_ok=True)
-        print(f"{Path(__file__).name}: {args.model}/{model.patch_size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
-              f"parameters, {len(source)} images, {device.type} × {world_size}, amp {str(dtype).removeprefix('torch.')}\n"
-              f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} process(es) × "
-              f"{args.accum_iter} accumulated = effective batch {args.batch_size}, "
+            start_over(output)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M parameters, {len(source)} images, "
+              f"{device.type}, amp {str(dtype).removeprefix('torch.')}\n"
+              f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
+              f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
               f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}\n"
-              f"epoch {start // steps_per_epoch} to {args.epochs} of {steps_per_epoch} steps, into {output}", flush=True)
+              f"epochs {start // steps_per_epoch} to {args.epochs} of {steps_per_epoch} steps each, into {output}",
+              flush=True)
 
-    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size, unit=" images",
-               unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
+               unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
     totals, epoch_start = {}, time.time()
     model.train()
     for step in range(start, args.epochs * steps_per_epoch):
@@ -363,7 +384,8 @@ def main(args):
 
         for part in range(args.accum_iter):
             imgs = normalize(next(batches)[0].to(device, non_blocking=True))
-            torch.manual_seed(seed_from(args.seed, step, part, rank))   # masks and dropout need no saved random state
+            # Masks and dropout: the step and the part of its batch decide, so there is no random state to save
+            torch.manual_seed(seed_from(args.seed, step, part * world_size + rank))
             net.require_backward_grad_sync = part == args.accum_iter - 1
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss, stats = net(imgs)
@@ -376,7 +398,7 @@ def main(args):
 
         epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
         bar.update(args.batch_size)
-        if done % 20 == 0:
+        if rank == 0 and (done % 20 == 0 or done == steps_per_epoch):
             bar.set_postfix(epoch=epoch, loss=f"{totals['loss'].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
         if done < steps_per_epoch:
             continue
@@ -388,7 +410,8 @@ def main(args):
         line = dict(zip(totals, (means / world_size).tolist()))
         seconds = time.time() - epoch_start
         if rank == 0:
-            line = {"epoch": epoch, **line, "lr": lr, "images_per_s": steps_per_epoch * args.batch_size / seconds, "seconds": seconds}
+            line = {"epoch": epoch, **line, "lr": lr, "seconds": seconds,
+                    "images_per_s": steps_per_epoch * args.batch_size / seconds}
             with open(output / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -401,8 +424,8 @@ def main(args):
     bar.close()
     if rank == 0:
         save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
-        print(f"Done. Encoder: {output}/encoder.pt. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}")
-    if world_size > 1:
+        print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -16,12 +16,13 @@ Chosen where the paper is silent or the released weights differ from it:
   Only visible patches are embedded and only removed ones predicted: nothing is computed that the loss doesn't use.
 - Not implemented (Table 1): block and grid masks, loss on all patches, PCA and dVAE targets, encoder mask tokens.
 
-    python mae.py --demo                                              # a laptop CPU, about two minutes
+    python mae.py --demo                                              # a CPU, 2 cores: two minutes
     python mae.py --data my_images --batch_size 256 --accum_iter 2    # one GPU
     torchrun --nproc_per_node 8 mae.py --data imagenet --accum_iter 4 # the paper's recipe, ViT-B, 800 epochs
 
-Measured: see README.md for the demo and CIFAR-10 on a CPU. ImageNet: not run here (the paper: 83.6 % after fine-tuning,
-ViT-B, 1600 epochs).
+Measured: on `shapes`, after --demo, a linear probe gets 69.4 % (random weights 26.4), and on CIFAR-10, after 22
+epochs of a ViT-Micro on 2 CPU cores, 52.7 % (36.7): README.md, results/. ImageNet and GPUs: not run (the paper: 83.6 %
+after fine-tuning, ViT-B, 1600 epochs).
 """
 import argparse
 import json

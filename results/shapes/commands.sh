@@ -6,3 +6,5 @@ for seed in 0 1 2; do
 done
 python finetune.py --demo --ckpt runs/demo0/last.pt --mode finetune
 python finetune.py --demo --ckpt runs/demo0/last.pt --mode knn
+python finetune.py --demo --ckpt runs/demo0/last.pt --mode linear --pool cls --output_dir runs/demo0/linear_cls
+python finetune.py --demo --ckpt none --mode linear --pool cls --output_dir runs/demo0/random_linear_cls

@@ -1265,23 +1265,23 @@ def test_another_image_size(folder, pretrained, tmp_path):
 # As users run it
 # ---------------------------------------------------------------------------------------------------------------------
 def test_demo_as_a_command(tmp_path):
-    """`mae.py --demo` (one epoch of it), and finetune.py on what it leaves, in the four modes."""
-    done = script("mae.py", "--demo", "--epochs", "1", "--warmup_epochs", "0.5", "--output_dir", tmp_path / "mae")
+    """A third of `mae.py --demo`, and finetune.py in its four modes on what it leaves; the features have got better."""
+    done = script("mae.py", "--demo", "--epochs", "6", "--warmup_epochs", "1", "--output_dir", tmp_path / "mae")
     assert done.returncode == 0, done.stderr
-    assert (
-        "64 images per step per process × 1 process(es) × 1 accumulated = effective batch 64" in done.stdout
-        and "0.002" in done.stdout
-    )
-    for mode, more in (
-        ("linear", ["--epochs", "2"]),
-        ("finetune", ["--epochs", "1", "--warmup_epochs", "0"]),
-        ("partial", ["--blocks", "2", "--epochs", "1", "--warmup_epochs", "0"]),
-        ("knn", []),
+    assert "64 images per step per process × 1 process(es) × 1 accumulated = effective batch 64" in done.stdout
+    assert "learning rate 0.008 · 64 / 256 = 0.002" in done.stdout
+    for mode, *more in (
+        ("linear",),
+        ("finetune", "--epochs", "1", "--warmup_epochs", "0"),
+        ("partial", "--blocks", "2", "--epochs", "1", "--warmup_epochs", "0"),
+        ("knn",),
     ):
         done = script("finetune.py", "--demo", "--ckpt", tmp_path / "mae/last.pt", "--mode", mode, *more)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
-        assert result["images"] == 2000 and result["top1"] > 18 and (tmp_path / "mae" / mode / "result.json").exists()
+        assert result["images"] == 2000 and (tmp_path / "mae" / mode / "result.json").exists()
+        if mode == "linear":
+            assert result["top1"] > 36  # 46 here; random weights get 26
 
 
 def test_two_processes(folder, tmp_path):

@@ -225,7 +225,7 @@ def load_dataset(data, split, data_root="data"):
     train, val = os.path.join(data, "train"), os.path.join(data, "val")
     if split == "val":
         if not os.path.isdir(val):
-            raise InputError(f"'{data}' has no folder val/: evaluation needs train/CLASS/*.jpg and val/CLASS/*.jpg there")
+            raise InputError(f"'{data}' has no folder val/: evaluation needs train/CLASS/*.jpg and val/CLASS/*.jpg")
         return FolderDataset(val)
     if os.path.isdir(train):    # a split, unless it is one class of several: those hold no folders
         alone = not any(entry.is_dir() and entry.name != "train" for entry in os.scandir(data))
@@ -254,7 +254,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
 
 
 def exif_orientation(img):
-    """The EXIF tag; None without one or where the EXIF data is broken, which Pillow's own exif_transpose doesn't bear."""
+    """The EXIF tag; None without one, or where the EXIF data is broken (Pillow's exif_transpose would raise there)."""
     try:
         return img.getexif().get(0x0112)
     except Exception:
@@ -262,8 +262,8 @@ def exif_orientation(img):
 
 
 class FolderDataset(Dataset):
-    """Every image below `root`. Its class is the folder of `root` that it lies in; if some image lies in none (`stray`
-    is the first of them), the whole set is unlabelled. What is hidden is passed over. Raises InputError without images."""
+    """Every image below `root`, but hidden ones. Its class is the folder of `root` that it lies in; if some image lies in
+    none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root):
         paths = []

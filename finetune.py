@@ -413,7 +413,8 @@ def gather(x):
 def extract_features(model, loader, normalize, dtype, pool):
     """Features of unit length (N, D) and labels (N,) of the whole data set, on every process, on the CPU."""
     device = normalize.mean.device
-    features, labels = [torch.empty(0, model.cls_token.shape[-1], device=device)], [torch.empty(0, dtype=torch.int64)]
+    features = [torch.empty(0, model.cls_token.shape[-1], device=device)]
+    labels = [torch.empty(0, dtype=torch.int64)]
     for imgs, label in tqdm(loader, unit="batch", disable=dist.is_initialized() and dist.get_rank() > 0):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             x = model.features(normalize(imgs.to(device, non_blocking=True)), pool)

@@ -303,7 +303,7 @@ def load_checkpoint(path, args, model, optimizer, scaler):
         everywhere = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, found)
         if len(set(everywhere)) > 1:
-            raise InputError(f"{path} is there for some processes only: put --output_dir on a disk that all machines share")
+            raise InputError(f"{path} is there for some processes only: --output_dir must be on a disk that all share")
     if not found:
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)

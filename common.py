@@ -262,8 +262,8 @@ def exif_orientation(img):
 
 
 class FolderDataset(Dataset):
-    """Every image below `root`, but hidden ones. Its class is the folder of `root` that it lies in; if some image lies in
-    none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
+    """Every image below `root`, but hidden ones. Its class is the folder of `root` that it lies in; if some image lies
+    in none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root):
         paths = []

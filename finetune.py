@@ -465,7 +465,8 @@ def main(args):
         model = Classifier(num_classes, args.pool, args.mode == "linear", train_blocks, **vit, drop_path=args.drop_path)
     if weights is not None:
         weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, model.grid_size)
-        args.encoder = hashlib.sha256(b"".join(v.detach().float().numpy().tobytes() for v in weights.values())).hexdigest()[:16]
+        weights_bytes = b"".join(value.detach().float().numpy().tobytes() for value in weights.values())
+        args.encoder = hashlib.sha256(weights_bytes).hexdigest()[:16]   # a run goes on with the same encoder only
         model.load_state_dict(weights, strict=False)    # what is left as it is: the head, and its norm
     model.to(device)
     if rank == 0:

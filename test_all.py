@@ -340,7 +340,7 @@ def test_attention_and_drop_path():
 # Multiply-adds and parameters: the papers' own figures
 # ---------------------------------------------------------------------------------------------------------------------
 def multiply_adds(size, mask_ratio=0.75, img_size=224, embedded=None, predicted=None):
-    """Of one image's forward pass, encoder and decoder (512 wide, 8 blocks). `embedded` and `predicted`: how many patches
+    """Of one image's forward pass, encoder and decoder (512 wide, 8 blocks). `embedded`, `predicted`: how many patches
     are; all N as the papers count, unless told."""
     P, D, depth = size["patch_size"], size["embed_dim"], size["depth"]
     N = (img_size // P) ** 2

@@ -112,6 +112,12 @@ def pretrained(folder, tmp_path_factory):
     return output
 
 
+def stop_after_saving(obj, path, save=mae.save):
+    """In place of mae.save: the run ends right after its first checkpoint."""
+    save(obj, path)
+    raise KeyboardInterrupt
+
+
 def script(*command, env=None, timeout=300):
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout
@@ -717,10 +723,6 @@ def test_the_same_command_goes_on(folder, tmp_path, monkeypatch):
     whole, broken = (small_args(folder, tmp_path / name, "--amp", "none") for name in ("whole", "broken"))
     mae.main(mae.get_args(whole))
 
-    def stop_after_saving(obj, path, save=mae.save):
-        save(obj, path)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(mae, "save", stop_after_saving)
         with pytest.raises(KeyboardInterrupt):
@@ -1222,10 +1224,6 @@ def test_finetune_goes_on_and_knows_its_encoder(folder, pretrained, public_check
         ]
     )
     whole = finetune.main(command("whole"))
-
-    def stop_after_saving(obj, path, save=mae.save):
-        save(obj, path)
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "save", stop_after_saving)

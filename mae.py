@@ -68,8 +68,7 @@ def get_args(argv=None):
     model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
     model.add_argument("--decoder_num_heads", type=int, default=16)
     model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
-    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True,
-                       help="standardise each target patch (Table 1d)")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
 
     optim = parser.add_argument_group("optimisation (Table 8)")
     optim.add_argument("--epochs", type=int, default=800)
@@ -186,12 +185,12 @@ class MAE(ViT):
         """Tokens (N, 1 + keep, D) to predictions of the removed patches, (N, L - keep, P·P·3), in ids_remove's order;
         with `predict_all` of the visible ones too, before them: (N, L, P·P·3)."""
         x = self.decoder_embed(latent)
-        x = torch.cat([x, self.mask_token.expand(len(x), ids_remove.shape[1], -1)], dim=1)
+        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.num_patches - x.shape[1], -1)], dim=1)
         ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
         x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
         for block in self.decoder_blocks:
             x = block(x)
-        x = x[:, 1:] if predict_all else x[:, latent.shape[1]:]
+        x = x[:, 1:] if predict_all else x[:, 1 + ids_keep.shape[1]:]
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward_loss(self, patches, pred, ids_remove):
@@ -218,12 +217,12 @@ class MAE(ViT):
         ids_keep, ids_remove = random_masking(noise, self.mask_ratio)
         latent = self.forward_encoder(patchify(imgs, self.patch_size), ids_keep)
         pred = self.forward_decoder(latent, ids_keep, ids_remove, predict_all=True)
-        ids_restore = noise.argsort(dim=1).argsort(dim=1)
-        mask = torch.ones_like(noise).scatter(1, ids_keep, 0.0)
+        ids_restore = torch.cat([ids_keep, ids_remove], dim=1).argsort(dim=1)
+        mask = torch.ones(ids_restore.shape, device=imgs.device).scatter(1, ids_keep, 0.0)
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
-    def picture(self, imgs):
-        """Rows of a picture, each (N, 3, H, W): original, masked, and the prediction of the removed patches pasted in.
+    def picture(self, imgs, normalize):
+        """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in.
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
         """
@@ -232,7 +231,7 @@ class MAE(ViT):
         if self.norm_pix:
             pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + patches.mean(dim=-1, keepdim=True)
         rows = (patches, patches * (1 - mask), patches * (1 - mask) + pred * mask)
-        return [unpatchify(row, self.patch_size, self.grid_size) for row in rows]
+        return [normalize.inverse(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
 
 
 def build_model(args):
@@ -327,9 +326,9 @@ def start_over(output):
     (output / "log.jsonl").unlink(missing_ok=True)
 
 
-def save_picture(rows, path, normalize):
-    """One PNG: a row of the grid for each of `rows` (N, 3, H, W), normalised images."""
-    imgs = torch.cat([normalize.inverse(row).float().clamp(0, 1).cpu() for row in rows])
+def save_picture(rows, path):
+    """One PNG: a row of the grid for each of `rows`, images (N, 3, H, W) in [0, 1]."""
+    imgs = torch.cat([row.float().clamp(0, 1).cpu() for row in rows])
     save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
 
 
@@ -418,7 +417,7 @@ def main(args):
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                   "step": step + 1, "args": vars(args)}, output / "last.pt")
             model.eval()
-            save_picture(model.picture(imgs[:8]), output / "reconstruction.png", normalize)
+            save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
             model.train()
         totals, epoch_start = {}, time.time()
 

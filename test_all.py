@@ -6,6 +6,9 @@ test needs a GPU or a data set: images are drawn.
 """
 
 import argparse
+import ast
+import difflib
+import io
 import json
 import math
 import pickle
@@ -13,6 +16,7 @@ import random
 import re
 import subprocess
 import sys
+import tokenize
 import warnings
 from pathlib import Path
 
@@ -29,11 +33,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import common
+import efficient_mae
+import emae
 import finetune
 import mae
+import robust_mae
+import sdae
 from common import VIT_SIZES, InputError, ViT
 
 ROOT = Path(__file__).parent
+SCRIPTS = {"mae": mae, "emae": emae, "efficient_mae": efficient_mae, "robust_mae": robust_mae, "sdae": sdae}
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4)  # an encoder for tests
 TINY_DECODER = dict(decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
 
@@ -74,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 def small_args(folder, output, *more):
-    """A command line of mae.py for a run of seconds."""
+    """A command line of a method's script for a run of seconds."""
     return [
         "--data",
         str(folder),
@@ -105,11 +114,22 @@ def small_args(folder, output, *more):
 
 
 @pytest.fixture(scope="session")
-def pretrained(folder, tmp_path_factory):
-    """The output folder of one short pre-training."""
-    output = tmp_path_factory.mktemp("runs") / "mae"
-    mae.main(mae.get_args(small_args(folder, output)))
-    return output
+def run_of(folder, tmp_path_factory):
+    """The output folder of one short pre-training with a script, by its name."""
+    outputs = {}
+
+    def run(name):
+        if name not in outputs:
+            outputs[name] = tmp_path_factory.mktemp("runs") / name
+            SCRIPTS[name].main(SCRIPTS[name].get_args(small_args(folder, outputs[name])))
+        return outputs[name]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretrained(run_of):
+    return run_of("mae")
 
 
 def stop_after_saving(obj, path, save=mae.save):
@@ -398,6 +418,684 @@ def test_parameters(name, millions):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The four papers: each loss as a loop straight from its equations
+# ---------------------------------------------------------------------------------------------------------------------
+def standardised(values):
+    """A patch's or a token's values as the methods take them: unbiased variance + 1e-6."""
+    mean = sum(values) / len(values)
+    variance = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
+    return [(x - mean) / math.sqrt(variance + 1e-6) for x in values]
+
+
+def pixels(img, patch, P):
+    """The P·P·3 values of a patch, (row, column, channel), in Python numbers."""
+    row, column = divmod(patch, img.shape[2] // P)
+    return [img[c, row * P + i, column * P + j].item() for i in range(P) for j in range(P) for c in range(3)]
+
+
+def mean_squared_error(a, b):
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a)
+
+
+@pytest.mark.parametrize("parts, weight", [(4, 1.0), (4, 0.5), (8, 1.0), (16, 0.0)])
+def test_emae_loss(parts, weight):
+    model = shake(emae.EMAE(**TINY, **TINY_DECODER, parts=parts, consistency_weight=weight))
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    pred, mask = model.reconstruct(imgs, noise)
+    assert pred.shape == (2, parts, 16, 192) and mask.shape == (2, parts, 16)
+    totals = []
+    for n in range(2):
+        ids = sorted(range(16), key=lambda patch: noise[n, patch].item())  # Eq. 3
+        whole, consistency = [], []
+        for i in range(parts):
+            visible = ids[i * 16 // parts : (i + 1) * 16 // parts]  # Eq. 4
+            assert [patch for patch in range(16) if mask[n, i, patch] == 0] == sorted(visible)
+            removed = [patch for patch in range(16) if patch not in visible]  # Eq. 7
+            errors = [
+                mean_squared_error(pred[n, i, patch].tolist(), standardised(pixels(imgs[n], patch, 8)))
+                for patch in removed
+            ]
+            whole.append(sum(errors) / len(errors))
+            for j in range(i + 1, parts):
+                both = [patch for patch in removed if mask[n, j, patch] == 1]  # Eq. 9
+                assert len(both) == 16 - 2 * 16 // parts
+                gaps = [
+                    abs(a - b) for patch in both for a, b in zip(pred[n, i, patch].tolist(), pred[n, j, patch].tolist())
+                ]
+                consistency.append(2 * sum(gaps) / len(gaps))  # Eq. 10: both terms have this value
+        assert len(consistency) == parts * (parts - 1) / 2
+        totals.append(sum(whole) / parts + weight * sum(consistency) / len(consistency))  # Eq. 8, 11, 12
+    loss, stats = model(imgs, noise)
+    assert loss.item() == pytest.approx(sum(totals) / 2, abs=1e-5)
+    assert torch.equal(stats["loss"], loss.detach()) and (weight == 0 or stats.keys() >= {"whole", "consistency"})
+
+
+def test_emae_sees_every_patch_once():
+    noise = torch.rand(5, 196)
+    for parts in (4, 7, 14):
+        ids_keep, ids_remove = emae.random_masking(noise, parts)
+        assert ids_keep.shape == (5 * parts, 196 // parts) and ids_remove.shape == (5 * parts, 196 - 196 // parts)
+        assert torch.equal(ids_keep.reshape(5, 196).sort(1).values, torch.arange(196).expand(5, -1))
+        each = torch.cat([ids_keep, ids_remove], 1).sort(1).values
+        assert torch.equal(each, torch.arange(196).expand(5 * parts, -1))
+        first, _ = mae.random_masking(noise, 1 - 1 / parts)  # the first part is MAE's mask
+        assert torch.equal(ids_keep.reshape(5, parts, -1)[:, 0], first)
+
+
+def test_emae_stop_gradients_double_the_value_alone():
+    model = emae.EMAE(**TINY, **TINY_DECODER)
+    pred = torch.randn(2 * 4, 12, 192, requires_grad=True)
+    loss = model.forward_consistency(pred)
+    loss.backward()
+    plain = pred.detach().clone().requires_grad_()
+    ids = torch.arange(16).reshape(4, 4)
+    place = torch.full((2, 4, 16, 192), math.nan)  # every part's predictions, where they belong
+    for part in range(4):
+        others = torch.cat([ids[other] for other in range(4) if other != part])
+        place = place.index_put((torch.tensor([[0], [1]]), torch.tensor(part), others[None]), plain[part::4])
+    pairs = []
+    for i in range(4):
+        for j in range(i + 1, 4):
+            both = torch.cat([ids[other] for other in range(4) if other not in (i, j)])
+            pairs.append((place[:, i, both] - place[:, j, both]).abs().mean())
+    symmetric = torch.stack(pairs).mean()
+    symmetric.backward()
+    torch.testing.assert_close(loss, 2 * symmetric)
+    torch.testing.assert_close(pred.grad, plain.grad)
+
+
+def visible_points(keep, columns, P):
+    """Algorithm 1's candidates, without duplicates, in half pixels: (row, column)."""
+    return {
+        (r * 2 * P + dr, c * 2 * P + dc)
+        for r, c in (divmod(patch, columns) for patch in keep)
+        for dr in (0, P, 2 * P)
+        for dc in (0, P, 2 * P)
+    }
+
+
+@pytest.mark.parametrize(
+    "grid, P, ratio", [((14, 14), 16, 0.85), ((8, 8), 4, 0.9), ((5, 9), 7, 0.75), ((3, 3), 2, 0.9)]
+)
+def test_p2dist_is_algorithm_1(grid, P, ratio):
+    L = grid[0] * grid[1]
+    ids_keep, ids_remove = mae.random_masking(torch.rand(2, L), min(ratio, 1 - 1 / L))
+    ours = efficient_mae.p2dist_approximate(ids_keep, ids_remove, grid, P)
+    for keep, remove, row in zip(ids_keep.tolist(), ids_remove.tolist(), ours.tolist()):
+        points = visible_points(keep, grid[1], P)
+        for patch, d in zip(remove, row, strict=True):
+            r, c = divmod(patch, grid[1])
+            centre = (r * 2 * P + P, c * 2 * P + P)
+            nearest = sorted(points, key=lambda p: ((p[0] - centre[0]) ** 2 + (p[1] - centre[1]) ** 2, *p))[:8]
+            distances = [
+                min(math.hypot(r * P + i - y / 2, c * P + j - x / 2) for y, x in nearest)
+                for i in range(P)
+                for j in range(P)
+            ]
+            assert d == pytest.approx(sum(distances) / P**2, abs=1e-4)
+
+
+def test_p2dist_exact_is_brute_force():
+    for grid, P in (((6, 9), 4), ((4, 4), 7)):
+        L = grid[0] * grid[1]
+        ids_keep, ids_remove = mae.random_masking(torch.rand(2, L), 0.85)
+        ours = efficient_mae.p2dist_exact(ids_keep, ids_remove, grid, P)
+        place = torch.cartesian_prod(torch.arange(grid[0] * P), torch.arange(grid[1] * P)).double()
+        place = place.reshape(grid[0], P, grid[1], P, 2).transpose(1, 2).reshape(L, P * P, 2)
+        for n in range(2):
+            visible = place[ids_keep[n]].flatten(0, 1)
+            for patch, d in zip(ids_remove[n], ours[n]):
+                expected = (place[patch][:, None] - visible).norm(dim=2).amin(dim=1).mean()  # Eq. 1
+                assert d.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_p2dist_gives_the_papers_counts():
+    """Table 8 at ratio 0.85: 82, 114, 150 patches within 9, 13 and 26; ours 78 in the first."""
+    distance = efficient_mae.p2dist_approximate(*mae.random_masking(torch.rand(1000, 196), 0.85), (14, 14), 16)
+    counts = [(distance <= beta).sum(1).double().mean().item() for beta in (9, 13, 26)]
+    assert counts == pytest.approx([78, 114, 150], abs=1.5)
+    model = efficient_mae.EfficientMAE(**{**TINY, "img_size": 224, "patch_size": 16}, **TINY_DECODER)
+    assert model.beta == 26 and model.decoder_masking(torch.rand(300, 196))[3].sum(1).double().mean() == pytest.approx(
+        150, abs=2.5
+    )
+    assert efficient_mae.EfficientMAE(**TINY, **TINY_DECODER).beta == 13  # half the patch, half the pixels
+
+
+@pytest.mark.parametrize("ratio, share", [(0.75, 0.87), (0.85, 0.68), (0.90, 0.52)])
+def test_neighbours_as_the_paper_counts_them(ratio, share):
+    """Section 3.3: removed patches with a visible one among the 3×3 around them. Also what P²Dist calls near."""
+    ids_keep, ids_remove = mae.random_masking(torch.rand(1000, 196), ratio)
+    visible = torch.zeros(1000, 196).scatter(1, ids_keep, 1.0).reshape(-1, 1, 14, 14)
+    near = F.max_pool2d(visible, 3, stride=1, padding=1).flatten(1).gather(1, ids_remove)
+    assert near.mean().item() == pytest.approx(share, abs=0.015)
+    exact = efficient_mae.p2dist_exact(ids_keep, ids_remove, (14, 14), 16)
+    assert exact[near == 1].max() < exact[near == 0].min()
+
+
+def lone_decoder(model, img, keep, removed):
+    """Predictions of some removed patches of one image, by the model's own layers but one image at a time."""
+    patches = mae.patchify(img[None], model.patch_size)
+    x = model.patch_embed(patches[:, keep]) + model.pos_embed[:, 1 + keep]
+    x = torch.cat([model.cls_token + model.pos_embed[:, :1], x], 1)
+    for block in model.blocks:
+        x = block(x)
+    x = model.decoder_embed(model.norm(x))
+    x = torch.cat([x, model.mask_token.expand(1, len(removed), -1)], 1)
+    x = x + model.decoder_pos_embed[:, torch.cat([torch.tensor([0]), 1 + keep, 1 + removed])]
+    for block in model.decoder_blocks:
+        x = block(x)
+    return model.decoder_pred(model.decoder_norm(x[:, 1 + len(keep) :]))[0]
+
+
+@pytest.mark.parametrize("gamma, beta, p2dist", [(0.6, 8.0, "approximate"), (2.0, 9.0, "exact"), (0.6, 13.0, "exact")])
+def test_efficient_loss_and_ragged_decoder(gamma, beta, p2dist):
+    """Eq. 2 and the decoder image by image, with gradients; one image's decoder is left without removed patches."""
+    model = shake(
+        efficient_mae.EfficientMAE(
+            **{**TINY, "img_size": 48}, **TINY_DECODER, mask_ratio=0.8, gamma=gamma, beta=beta, p2dist=p2dist
+        )
+    )
+    imgs, noise = torch.randn(5, 3, 48, 48), torch.rand(5, 36)
+    ids_keep, ids_remove, distance, easy = model.decoder_masking(noise)
+    assert torch.equal(easy, distance <= beta) and 0 < easy.sum() < easy.numel()
+    easy[2] = False  # Eq. 2 has no patches in this image
+    model.decoder_masking = lambda _: (ids_keep, ids_remove, distance, easy)
+    losses, naive_predictions = [], []
+    for n in range(5):
+        removed = ids_remove[n][easy[n]]
+        pred = lone_decoder(model, imgs[n], ids_keep[n], removed)
+        naive_predictions.append(pred)
+        weights = [d.item() ** -gamma for d in distance[n][easy[n]]]
+        target = torch.tensor([standardised(pixels(imgs[n], patch, 8)) for patch in removed.tolist()]).reshape(-1, 192)
+        errors = [((p - t) ** 2).mean() for p, t in zip(pred, target)]
+        losses.append(sum(w * e for w, e in zip(weights, errors)) / sum(weights) if weights else torch.tensor(0.0))
+    expected = sum(losses) / 5
+    gradient = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
+    loss, stats = model(imgs, noise)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert stats["predicted_patches"].item() == pytest.approx(easy.sum().item() / 5)
+    for ours, theirs in zip(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]), gradient):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    pred, mask = model.reconstruct(imgs, noise)
+    assert torch.equal(mask, torch.ones_like(mask).scatter(1, ids_keep, 0.0))
+    dropped = torch.ones(5, 36).scatter(1, ids_keep, 0.0).scatter(1, ids_remove, (~easy).float()) == 1
+    assert torch.equal(pred.isnan().all(2), dropped) and torch.equal(pred.isnan().any(2), dropped)
+    for n in range(5):
+        torch.testing.assert_close(pred[n, ids_remove[n][easy[n]]], naive_predictions[n], atol=1e-5, rtol=1e-5)
+
+
+def test_dropped_patches_cannot_be_seen():
+    """Their position does not reach the decoder: what is predicted elsewhere stays, whatever token they would be."""
+    model = shake(efficient_mae.EfficientMAE(**{**TINY, "img_size": 64}, **TINY_DECODER, beta=9.0))
+    noise = torch.rand(1, 64)
+    _, ids_remove, _, easy = model.decoder_masking(noise)
+    imgs = torch.randn(1, 3, 64, 64)
+    before = model.reconstruct(imgs, noise)[0]
+    with torch.no_grad():
+        model.decoder_pos_embed[0, 1 + ids_remove[~easy]] += 100
+    after = model.reconstruct(imgs, noise)[0]
+    assert (
+        (~easy).any()
+        and torch.equal(before.isnan(), after.isnan())
+        and torch.equal(before.nan_to_num(), after.nan_to_num())
+    )
+
+
+def test_ragged_attention_two_ways():
+    """Image by image, for CPUs, and padded, for GPUs: one image's attention each, gradients included."""
+    lengths = [7, 3, 11, 3]
+    q, k, v = torch.randn(3, 2, sum(lengths), 8, requires_grad=True)
+    expected = torch.cat(
+        [F.scaled_dot_product_attention(*image) for image in zip(*(x.split(lengths, 1) for x in (q, k, v)))], 1
+    )
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * upstream).sum(), [q, k, v])
+    for loop in (True, False):
+        ours = efficient_mae.ragged_attention(q, k, v, lengths, loop)
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad((ours * upstream).sum(), [q, k, v]), gradients):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("target", ["none", "rgb", "patch"])
+def test_robust_loss(target, norm_pix):
+    model = shake(
+        robust_mae.RobustMAE(**TINY, **TINY_DECODER, target=target, norm_pix=norm_pix, drop_edge=0.3, mid_ratio=0.25)
+    )
+    model.patch_mean.uniform_(0.3, 0.6), model.patch_var.uniform_(0.01, 0.1)
+    raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    imgs, noise = common.Normalize()(raw), torch.rand(2, 16)
+    pred, mask = model.reconstruct(imgs, noise)
+    errors = []
+    for n in range(2):
+        for patch in range(16):
+            if mask[n, patch] == 0:
+                continue
+            values = [x / 255 for x in pixels(raw[n], patch, 8)]
+            if target == "rgb":
+                statistics = [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]
+                values = [(x - statistics[i % 3][0]) / statistics[i % 3][1] for i, x in enumerate(values)]
+            if target == "patch":  # Eq. 3
+                mean, var = model.patch_mean.tolist(), model.patch_var.tolist()
+                values = [(x - m) / math.sqrt(v + 1e-6) for x, m, v in zip(values, mean, var)]
+            errors.append(mean_squared_error(pred[n, patch].tolist(), standardised(values) if norm_pix else values))
+    assert len(errors) == 2 * 12  # all removed patches, those with mid-level tokens too
+    assert model(imgs, noise)[0].item() == pytest.approx(sum(errors) / len(errors), abs=1e-5)
+    patches = torch.rand(3, 192)
+    torch.testing.assert_close(model.undo_inter_patch_norm(model.inter_patch_norm(patches)), patches, atol=1e-5, rtol=0)
+
+
+def test_patch_statistics_are_numpys(folder):
+    args = robust_mae.get_args(small_args(folder, "x", "--img_size", "24", "40"))
+    crops = common.Crops(common.load_dataset(str(folder), "pretrain"), common.train_transform((24, 40), (0.5, 1.0)), 4)
+    mean, var = robust_mae.patch_statistics(crops, args, 0, 1, torch.device("cpu"))
+    imgs = np.stack([crops[0, i][0].numpy() for i in range(48)]).astype(np.float64) / 255
+    patches = imgs.reshape(48, 3, 3, 8, 5, 8).transpose(0, 2, 4, 3, 5, 1).reshape(-1, 192)
+    assert mean.dtype == torch.float64 and mean.shape == (192,)
+    np.testing.assert_allclose(mean.numpy(), patches.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(var.numpy(), patches.var(0), rtol=1e-10)
+
+
+def test_drop_edge_is_in_the_decoder_in_training_alone():
+    model = shake(robust_mae.RobustMAE(**TINY, **TINY_DECODER))
+    assert {block.attn.attn_drop for block in model.decoder_blocks} == {0.3}
+    assert {block.attn.attn_drop for block in model.blocks} == {0.0}
+    imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    ids_keep, ids_remove = mae.random_masking(noise, 0.75)
+    patches = mae.patchify(imgs, 8)
+    still, moving = [], []
+    for mode in (model.eval, model.train):
+        mode()
+        latents = [model.forward_encoder(patches, ids_keep, ids_remove) for _ in range(2)]
+        preds = [model.forward_decoder(latents[0], ids_keep, ids_remove) for _ in range(2)]
+        still.append(torch.equal(*latents)), moving.append(not torch.equal(*preds))
+    assert still == [True, True] and moving == [False, True]
+
+
+def test_mid_level_tokens():
+    """Section 2.3: a token of their own and their position, before block 2 of 3; then as visible ones."""
+    model = shake(robust_mae.RobustMAE(**TINY, **TINY_DECODER, mid_ratio=0.25, drop_edge=0.0))
+    assert (model.mid_count, model.mid_depth) == (4, 2)
+    assert robust_mae.RobustMAE(depth=12, mid_ratio=0.25, decoder_depth=1).mid_depth == 8
+    imgs, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
+    order = noise[0].argsort()
+    keep, mid, rest = order[:4], order[4:8], order[8:]
+    x = model.patch_embed(mae.patchify(imgs, 8)[:, keep]) + model.pos_embed[:, 1 + keep]
+    x = torch.cat([model.cls_token + model.pos_embed[:, :1], x], 1)
+    x = model.blocks[1](model.blocks[0](x))
+    x = torch.cat([x, *(model.mid_token + model.pos_embed[:, 1 + patch] for patch in mid)], 1)
+    x = model.decoder_embed(model.norm(model.blocks[2](x)))
+    x = torch.cat([x, *[model.mask_token] * 8], 1)
+    x = x + model.decoder_pos_embed[:, torch.cat([torch.tensor([0]), 1 + order])]
+    for block in model.decoder_blocks:
+        x = block(x)
+    expected = model.decoder_pred(model.decoder_norm(x))[0, 1:]
+    pred, mask = model.reconstruct(imgs, noise)
+    torch.testing.assert_close(pred[0, order], expected, atol=1e-5, rtol=1e-5)
+    assert mask[0, keep].sum() == 0 and mask[0, mid].sum() == 4 and mask[0, rest].sum() == 8
+    model(imgs, noise)[0].backward()
+    assert model.mid_token.grad.abs().sum() > 0 and "mid_token" not in model.encoder_state_dict()
+    with pytest.raises(InputError, match="before block 3 of 3"):
+        robust_mae.RobustMAE(**TINY, **TINY_DECODER, mid_ratio=0.25, mid_depth=3)
+
+
+def lone_teacher(teacher, img, patches):
+    """The teacher's tokens of some patches of one image, which see each other alone."""
+    ids = torch.tensor(patches)
+    x = teacher.patch_embed(mae.patchify(img[None], teacher.patch_size)[:, ids]) + teacher.pos_embed[:, 1 + ids]
+    x = torch.cat([teacher.cls_token + teacher.pos_embed[:, :1], x], 1)
+    for block in teacher.blocks:
+        x = block(x)
+    return teacher.norm(x)[0, 1:].tolist()
+
+
+@pytest.mark.parametrize("cosine_over", ["tokens", "features"])
+@pytest.mark.parametrize("teacher_norm", [True, False])
+@pytest.mark.parametrize(
+    "teacher_input, more", [("folds", {"folds": 5}), ("masked", {}), ("full", {}), ("crop", {"teacher_tokens": 7})]
+)
+def test_sdae_loss(teacher_input, more, teacher_norm, cosine_over):
+    model = shake(
+        sdae.SdAE(
+            **TINY,
+            **TINY_DECODER,
+            teacher_input=teacher_input,
+            teacher_norm=teacher_norm,
+            cosine_over=cosine_over,
+            **more,
+        )
+    )
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    pred, mask = model.reconstruct(imgs, noise)
+    assert pred.shape == (2, 16, 48) and mask.sum() == 24
+    cosines = []
+    for n in range(2):
+        removed = sorted(range(16), key=lambda patch: noise[n, patch].item())[4:]
+        folds = {  # 12 removed patches in 5 folds of 2: the last two have no target (Figure 4b)
+            "folds": [removed[i : i + 2] for i in range(0, 10, 2)],
+            "masked": [removed],
+            "full": [removed],
+            "crop": [removed[:7]],
+        }[teacher_input]
+        for fold in folds:
+            if teacher_input == "full":
+                everything = lone_teacher(model.teacher, imgs[n], list(range(16)))
+                targets = [everything[patch] for patch in fold]
+            else:
+                targets = lone_teacher(model.teacher, imgs[n], fold)
+            if teacher_norm:
+                targets = [standardised(token) for token in targets]  # Eq. 3
+            guesses = [pred[n, patch].tolist() for patch in fold]
+            if cosine_over == "tokens":  # Eq. 4 sums over the patches: one cosine a channel
+                targets, guesses = zip(*targets), zip(*guesses)
+            for a, b in zip(targets, guesses):
+                dot = sum(x * y for x, y in zip(a, b))
+                cosines.append(dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b)))
+    assert model(imgs, noise)[0].item() == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-5)
+
+
+def test_sdae_folds_do_not_see_each_other():
+    model = shake(sdae.SdAE(**TINY, **TINY_DECODER))
+    patches, noise = mae.patchify(torch.randn(1, 3, 32, 32), 8), torch.rand(1, 16)
+    ids_keep, ids_remove = mae.random_masking(noise, 0.75)
+    before = model.forward_teacher(patches, ids_remove)
+    assert before.shape == (1, 12, 48)
+    for fold in range(3):
+        other = patches.clone()
+        other[0, ids_remove[0, 4 * fold + 1]] += 1
+        changed = (model.forward_teacher(other, ids_remove) != before).any(2)[0]
+        assert changed.tolist() == [i // 4 == fold for i in range(12)]
+    other = patches.clone()
+    other[0, ids_keep[0]] += 1  # nor do they see what the student sees
+    assert torch.equal(model.forward_teacher(other, ids_remove), before)
+
+
+def test_sdae_teacher_follows_the_student():
+    torch.manual_seed(0)
+    model = sdae.SdAE(**TINY, **TINY_DECODER)
+    student = lambda: {name: value.clone() for name, value in model.encoder_state_dict().items()}
+    teacher = lambda: {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    assert student().keys() == teacher().keys()
+    assert all(torch.equal(value, teacher()[name]) for name, value in student().items())  # starts as its copy
+    assert {block.drop_path.p for block in model.teacher.blocks} == {0.0}
+    assert [block.drop_path.p for block in model.blocks] == pytest.approx([0, 0.125, 0.25])
+    optimizer = torch.optim.AdamW(sdae.param_groups(model, 0.05), lr=0.01)
+    for eta in (0.9, 0.5, 0.0):
+        before = teacher()
+        loss, _ = model(torch.randn(4, 3, 32, 32))
+        loss.backward()
+        assert all(p.grad is None for p in model.teacher.parameters())
+        optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in teacher().items())
+        model.update_teacher(eta)
+        for name, value in teacher().items():  # Eq. 7
+            expected = eta * before[name].double() + (1 - eta) * student()[name].double()
+            torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=0)
+    assert not any(torch.equal(value, before[name]) for name, value in teacher().items() if name != "pos_embed")
+
+
+def test_sdae_momentum():
+    """Appendix A.1 by epoch; and what METHODS of short runs would leave of an untrained teacher."""
+    args = sdae.get_args(["--data", "x"])
+    assert (args.ema, args.momentum, args.epochs, args.batch_size, args.warmup_epochs) == (
+        "epoch", [0.96, 0.99], 300, 768, 60,
+    )  # fmt: skip
+    assert sdae.learning_rate(60, args) == pytest.approx(8e-4)
+    rate = lambda step: sdae.momentum(step, 10, args)
+    assert (
+        rate(9) == pytest.approx(0.96)
+        and rate(1509) == pytest.approx(0.975)
+        and rate(2999) == pytest.approx(0.99, abs=1e-5)
+    )
+    for epochs, left in ((5, 0.87), (10, 0.76), (30, 0.46)):
+        short = argparse.Namespace(ema="epoch", epochs=epochs, momentum=[0.96, 0.99])
+        assert math.prod(sdae.momentum(epoch, 1, short) for epoch in range(epochs)) == pytest.approx(left, abs=0.01)
+    args = sdae.get_args(["--data", "x", "--epochs", "99"])
+    assert (args.ema, args.momentum) == ("iteration", [0.999, 0.9999])
+    assert sdae.momentum(495, 10, args) == pytest.approx((0.999 + 0.9999) / 2)
+    args = sdae.get_args(["--data", "x", "--epochs", "99", "--ema", "epoch"])
+    assert (args.ema, args.momentum) == ("epoch", [0.96, 0.99])
+
+
+@pytest.mark.parametrize("ema, updates", [("epoch", 2), ("iteration", 6)])
+def test_sdae_updates_when_it_says(ema, updates, folder, tmp_path, monkeypatch, capsys):
+    etas = []
+    monkeypatch.setattr(sdae.SdAE, "update_teacher", lambda self, eta: etas.append(eta))
+    sdae.main(sdae.get_args(small_args(folder, tmp_path, "--ema", ema, "--momentum", "0.9", "0.95")))
+    assert len(etas) == updates and etas[0] == pytest.approx(0.9) and etas == sorted(etas)
+    assert f"teacher updated every {ema}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Neutral settings give MAE back
+# ---------------------------------------------------------------------------------------------------------------------
+def test_efficient_mae_without_its_parts_is_mae():
+    model = shake(efficient_mae.EfficientMAE(**TINY, **TINY_DECODER, gamma=0.0, beta=math.inf))
+    peer = mae.MAE(**TINY, **TINY_DECODER, mask_ratio=0.85).eval()
+    peer.load_state_dict(model.state_dict())
+    imgs, noise = torch.randn(5, 3, 32, 32), torch.rand(5, 16)
+    torch.testing.assert_close(model(imgs, noise)[0], peer(imgs, noise)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.reconstruct(imgs, noise), peer.reconstruct(imgs, noise), atol=1e-5, rtol=1e-5)
+
+
+def test_robust_mae_without_its_parts_is_mae():
+    model = shake(robust_mae.RobustMAE(**TINY, **TINY_DECODER, drop_edge=0.0, target="rgb")).train()
+    peer = mae.MAE(**TINY, **TINY_DECODER).train()
+    assert set(peer.load_state_dict(model.state_dict(), strict=False).unexpected_keys) == {"patch_mean", "patch_var"}
+    imgs, noise = torch.randn(5, 3, 32, 32), torch.rand(5, 16)
+    torch.testing.assert_close(model(imgs, noise)[0], peer(imgs, noise)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_emae_without_consistency_is_the_mean_of_maes(parts):
+    model = shake(emae.EMAE(**TINY, **TINY_DECODER, parts=parts, consistency_weight=0.0))
+    peer = mae.MAE(**TINY, **TINY_DECODER, mask_ratio=1 - 1 / parts).eval()
+    peer.load_state_dict(model.state_dict())
+    imgs, noise = torch.randn(5, 3, 32, 32), torch.rand(5, 16)
+    rank = noise.argsort(1).argsort(1)
+    losses = [peer(imgs, ((rank - part * 16 // parts) % 16).float())[0] for part in range(parts)]
+    torch.testing.assert_close(model(imgs, noise)[0], torch.stack(losses).mean(), atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiply-adds of the four
+# ---------------------------------------------------------------------------------------------------------------------
+def count(model, imgs, noise):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(imgs, noise)
+    return counter.get_total_flops() / 2 / len(imgs)
+
+
+def efficient_multiply_adds(size, easy, embedded=None):
+    """As `multiply_adds`, at ratio 0.85, with `easy` removed patches in the decoder."""
+    P = size["patch_size"]
+    N = (224 // P) ** 2
+    keep = int(N * 0.15 + 1e-6)
+    decoder = 1 + keep + easy
+    return (
+        multiply_adds(size, 0.85, embedded=embedded)
+        - 8 * (12 * (1 + N) * 512**2 + 2 * (1 + N) ** 2 * 512)
+        + 8 * (12 * decoder * 512**2 + 2 * decoder**2 * 512)
+        - (0 if embedded is None else (N - easy) * 512 * 3 * P * P)
+    )
+
+
+@pytest.mark.parametrize("name, paper", [("vit_base", 7.6), ("vit_large", 14.1), ("vit_huge", 31.3)])
+def test_multiply_adds_of_efficient_mae(name, paper):
+    size = VIT_SIZES[name]
+    P = size["patch_size"]
+    N = (224 // P) ** 2
+    masks = mae.random_masking(torch.rand(300, N), 0.85)
+    distance = efficient_mae.p2dist_approximate(*masks, (224 // P, 224 // P), P)
+    easy = (distance <= 26 * P / 16).sum(1).double().mean().item()
+    assert efficient_multiply_adds(size, easy) / 1e9 == pytest.approx(paper, rel=0.02)
+
+
+def test_multiply_adds_of_efficient_maes_code():
+    size = VIT_SIZES["vit_base"]
+    with torch.device("meta"):
+        model = efficient_mae.EfficientMAE(**size)
+    model.to_empty(device="cpu")  # weights don't matter here, masks do
+    noise = torch.rand(4, 196)
+    easy = model.decoder_masking(noise)[3].sum(1)
+    expected = sum(efficient_multiply_adds(size, number, embedded=29) for number in easy.tolist()) / 4
+    fill = 64 - (4 * 30 + easy.sum().item()) % 64  # tokens beyond the images', on average 1/2 % of a batch of 64
+    expected += fill * (8 * 12 * 512**2 + 512 * 768) / 4
+    assert count(model, torch.rand(4, 3, 224, 224), noise) == pytest.approx(expected, rel=0.01)
+
+
+def test_multiply_adds_of_emae_and_sdae():
+    """METHODS: in ViT-B's training EMAE costs 4.0 and SdAE 1.44 times MAE (a backward pass is two forward ones)."""
+    base = VIT_SIZES["vit_base"]
+    blocks = lambda number, tokens, width: number * (12 * tokens * width**2 + 2 * tokens**2 * width)
+    tight = multiply_adds(base, embedded=49, predicted=147)
+    with torch.device("meta"):
+        models = emae.EMAE(**base), sdae.SdAE(**base), sdae.SdAE(**base, teacher_input="full")
+        imgs, noise = torch.empty(2, 3, 224, 224), torch.empty(2, 196)
+        four, one, full = (count(model, imgs, noise) for model in models)
+    assert four == pytest.approx(4 * tight, rel=0.01) and four / tight == pytest.approx(4.0, rel=0.01)
+    teacher = 147 * 768 * 768 + 3 * blocks(12, 50, 768)
+    assert one == pytest.approx(tight + teacher, rel=0.01)
+    assert (3 * tight + one - tight) / (3 * tight) == pytest.approx(1.44, rel=0.01)
+    assert full == pytest.approx(tight + 196 * 768 * 768 + blocks(12, 197, 768), rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The guard: what the five scripts share is the same to the letter
+# ---------------------------------------------------------------------------------------------------------------------
+# Of each script: the tag of its lines in shared blocks, and the blocks of its own; a method is "Model.method"
+OWN = {
+    "emae": ("EMAE", "random_masking build_model Model Model.__init__ Model.forward_encoder Model.forward_loss "
+             "Model.forward_consistency Model.forward Model.reconstruct Model.picture"),
+    "efficient_mae": ("Efficient", "p2dist_approximate p2dist_exact ragged_attention true_entries build_model Model "
+                      "Model.__init__ Model.decoder_masking Model.forward_decoder Model.forward_loss Model.forward "
+                      "Model.reconstruct Model.picture"),
+    "robust_mae": ("Robust", "patch_statistics build_model Model Model.__init__ Model.initialize_weights "
+                   "Model.forward_encoder Model.inter_patch_norm Model.undo_inter_patch_norm Model.forward_loss "
+                   "Model.forward Model.reconstruct Model.picture"),
+    "sdae": ("SdAE", "encode build_model momentum Model Model.__init__ Model.forward_encoder Model.forward_teacher "
+             "Model.update_teacher Model.forward_decoder Model.forward_loss Model.forward Model.reconstruct "
+             "Model.picture"),
+}  # fmt: skip
+
+
+def blocks_of(source):
+    """A script's blocks in order, name: lines; the comments above a block belong to it. The model's class is cut into
+    its methods. The docstring is no block."""
+    tree, lines = ast.parse(source), source.splitlines()
+    nodes = []
+    for node in tree.body[1:]:
+        if isinstance(node, ast.ClassDef):
+            nodes += [("Model", node.body[0]), *((f"Model.{method.name}", method) for method in node.body[1:])]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            nodes.append(("imports", node))
+        elif isinstance(node, ast.Expr):  # such as DEMO.update(…): part of the block before it
+            nodes.append((nodes[-1][0], node))
+        else:
+            name = "main guard" if isinstance(node, ast.If) else getattr(node, "name", None) or node.targets[0].id
+            nodes.append((name, node))
+    blocks, end = {}, tree.body[0].end_lineno
+    for name, node in nodes:
+        blocks.setdefault(name, []).extend(lines[end : node.end_lineno])
+        end = node.end_lineno
+    return blocks
+
+
+def untagged_changes(theirs, ours, tag):
+    """Lines of a shared block that differ from mae.py's and are neither tagged additions nor replaced by them."""
+    wrong = []
+    for kind, i, j, k, n in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        added = [line for line in ours[k:n] if line.strip()]
+        wrong += [line for line in added if not re.search(rf"  # {tag}(:|$)", line)]
+        if not added:
+            wrong += theirs[i:j]
+    return wrong
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_shared_blocks_are_the_same(name):
+    tag, own = OWN[name][0], OWN[name][1].split()
+    theirs, ours = (blocks_of((ROOT / f"{script}.py").read_text()) for script in ("mae", name))
+    assert set(own) <= ours.keys(), set(own) - ours.keys()
+    assert ours.keys() - theirs.keys() <= set(own) and theirs.keys() <= ours.keys()
+    assert [block for block in ours if block in theirs] == list(theirs), "another order"
+    for block in theirs:
+        if block in own:
+            assert ours[block] != theirs[block], f"{block} is declared own and is mae.py's"
+        else:
+            assert not untagged_changes(theirs[block], ours[block], tag), block
+
+
+def test_the_guard_sees():
+    """What it is there for: drift in a shared line, a comment, a lost line, an undeclared block, another order."""
+    shared = (ROOT / "mae.py").read_text()
+    theirs = blocks_of(shared)
+    assert list(theirs)[:4] == ["imports", "DEMO", "get_args", "patchify"] and "Model.forward_loss" in theirs
+
+    def differing(old, new):
+        assert shared.count(old) == 1
+        ours = blocks_of(shared.replace(old, new))
+        return [block for block in theirs if untagged_changes(theirs[block], ours.get(block, []), "SdAE")]
+
+    step = "        optimizer.zero_grad()\n"
+    assert differing(step, step) == []
+    assert differing(step, step + "        model.update()  # SdAE: Eq. 7\n") == []
+    assert differing(step, step + "        model.update()\n") == ["main"]
+    assert differing(step, step + "        model.update()  # EMAE: Eq. 7\n") == ["main"]
+    assert differing(step, "        optimizer.zero_grad()  # SdAE: none\n") == []
+    assert differing(step, "") == ["main"]
+    assert differing("# The end of an epoch: log", "# An epoch's end: log") == ["main"]
+    assert differing("betas=(0.9, 0.95)", "betas=(0.9, 0.999)") == ["main"]
+    assert differing("    x = imgs.reshape(N, C, H", "    x = imgs.reshape(N, C,  H") == ["patchify"]
+
+
+def code_lines(source):
+    """A script's lines of code: no docstrings, comments or blank lines."""
+    aside = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    numbers = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in aside:
+            numbers |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            numbers -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = source.splitlines()
+    return [lines[number - 1] for number in sorted(numbers)]
+
+
+def test_lines_changed_of_the_readme():
+    """The column of the README's table, and STYLE's limit of 400 lines of code a script."""
+    readme = (ROOT / "README.md").read_text()
+    base = code_lines((ROOT / "mae.py").read_text())
+    assert len(base) <= 400
+    for name in OWN:
+        lines = code_lines((ROOT / f"{name}.py").read_text())
+        assert len(lines) <= 400, name
+        signs = [line[0] for line in difflib.ndiff(base, lines)]
+        expected = f"+{signs.count('+')} −{signs.count('-')}"
+        row = re.search(rf"^\| \[`{name}\.py`\].*$", readme, re.M)[0]
+        assert f"| {expected} |" in row, f"{name}: {expected}"
+
+
+def test_diff_of_the_readme():
+    """The README's excerpt of `diff mae.py emae.py` is in both files."""
+    excerpt = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1].splitlines()
+    theirs, ours = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("mae", "emae"))
+    assert len(excerpt) > 5
+    for line in excerpt:
+        assert line[1:].rstrip() in {"-": theirs, "+": ours, " ": ours}[line[:1]], line
+
+
+def test_every_line_fits():
+    for path in ROOT.glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{path.name}:{number}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The data loader
 # ---------------------------------------------------------------------------------------------------------------------
 def test_shapes_is_the_same_everywhere():
@@ -674,31 +1372,54 @@ def test_amp_choice(monkeypatch):
     assert mae.amp_dtype("auto", mps) is None
 
 
-def test_a_run_leaves_what_it_should(pretrained):
-    assert sorted(path.name for path in pretrained.iterdir()) == [
+PICTURE_ROWS = {"mae": 3, "emae": 9, "efficient_mae": 3, "robust_mae": 3, "sdae": 5}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_leaves_what_it_should(name, run_of):
+    output = run_of(name)
+    assert sorted(path.name for path in output.iterdir()) == [
         "encoder.pt",
         "last.pt",
         "log.jsonl",
         "reconstruction.png",
     ]
-    log = [json.loads(line) for line in (pretrained / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [0, 1] and all(
         line.keys() >= {"loss", "lr", "images_per_s"} for line in log
     )
-    last = torch.load(pretrained / "last.pt", weights_only=True)
+    last = torch.load(output / "last.pt", weights_only=True)
     assert last["step"] == 6 and last["args"]["batch_size"] == 16
     assert all(group["betas"] == (0.9, 0.95) for group in last["optimizer"]["param_groups"])
-    args = mae.get_args(small_args("x", "y"))  # 3 steps an epoch, the rate set before each
-    assert [line["lr"] for line in log] == [mae.learning_rate(step / 3, args) for step in (2, 5)]
-    encoder = torch.load(pretrained / "encoder.pt", weights_only=True)["model"]
-    assert encoder.keys() == ViT(**TINY).state_dict().keys() | {
-        f"blocks.3.{name}" for name in ViT(**TINY).blocks[0].state_dict()
-    }
-    assert all(torch.equal(value, last["model"][name]) for name, value in encoder.items())
+    args = SCRIPTS[name].get_args(small_args("x", "y"))  # 3 steps an epoch, the rate set before each
+    assert [line["lr"] for line in log] == [SCRIPTS[name].learning_rate(step / 3, args) for step in (2, 5)]
+    with Image.open(output / "reconstruction.png") as picture:
+        assert picture.size == (8 * (96 + 2) + 2, PICTURE_ROWS[name] * (96 + 2) + 2)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_encoder_of_each_script_is_timms(name, run_of):
+    """encoder.pt holds what timm's ViT has and no more (no decoder, teacher, statistics), the trained weights, and timm
+    computes the script's own features with it."""
+    output = run_of(name)
+    encoder, last = (torch.load(output / file, weights_only=True)["model"] for file in ("encoder.pt", "last.pt"))
+    assert all(torch.equal(value, last[key]) for key, value in encoder.items())
     peer = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2, num_classes=0)
     peer.load_state_dict(encoder)
-    with Image.open(pretrained / "reconstruction.png") as picture:
-        assert picture.size == (8 * (96 + 2) + 2, 3 * (96 + 2) + 2)
+    model = SCRIPTS[name].build_model(SCRIPTS[name].get_args(small_args("x", "y")))
+    model.load_state_dict(last)
+    imgs = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(peer.eval()(imgs), model.eval().features(imgs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_knn_on_each_scripts_checkpoints(name, run_of, folder, tmp_path):
+    """last.pt, whatever a method keeps in it, and encoder.pt give the same encoder."""
+    results = []
+    for file in ("last.pt", "encoder.pt"):
+        arguments = ["--ckpt", run_of(name) / file, "--mode", "knn", "--data", folder, "--output_dir", tmp_path / file]
+        results.append(finetune.main(finetune.get_args([*map(str, arguments), "--num_workers", "0", "--k", "5"])))
+    assert results[0]["top1"] == results[1]["top1"] and results[0]["images"] == 21
 
 
 def test_every_mask_is_new(folder, tmp_path, monkeypatch):
@@ -719,33 +1440,59 @@ def test_odd_numbers_make_other_seeds():
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_the_same_command_goes_on(folder, tmp_path, monkeypatch):
-    whole, broken = (small_args(folder, tmp_path / name, "--amp", "none") for name in ("whole", "broken"))
-    mae.main(mae.get_args(whole))
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_same_command_goes_on(name, folder, tmp_path, monkeypatch):
+    method = SCRIPTS[name]
+    whole, broken = (small_args(folder, tmp_path / run, "--amp", "none") for run in ("whole", "broken"))
+    method.main(method.get_args(whole))
 
     with monkeypatch.context() as patch:
-        patch.setattr(mae, "save", stop_after_saving)
+        patch.setattr(method, "save", stop_after_saving)
         with pytest.raises(KeyboardInterrupt):
-            mae.main(mae.get_args(broken))
+            method.main(method.get_args(broken))
     assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["step"] == 3
-    mae.main(mae.get_args(broken))
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "broken"))
-    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+    method.main(method.get_args(broken))
+    a, b = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "broken"))
+    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("whole", "broken")
+        [json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("whole", "broken")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     with pytest.raises(InputError, match="--epochs 2 there, 4 here"):
-        mae.main(mae.get_args([*broken, "--epochs", "4"]))
-    mae.main(mae.get_args([*broken, "--epochs", "3", "--no_resume"]))
+        method.main(method.get_args([*broken, "--epochs", "4"]))
+    method.main(method.get_args([*broken, "--epochs", "3", "--no_resume"]))
     assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["step"] == 9
     assert torch.load(tmp_path / "broken" / "last.old.pt", weights_only=True)["step"] == 6  # nothing is lost
 
 
-def test_accumulation_changes_nothing_but_memory():
+def test_patch_statistics_are_gathered_once(folder, run_of, tmp_path, monkeypatch):
+    """They are in the checkpoint, which a resumed run takes them from; another target has none."""
+    saved = torch.load(run_of("robust_mae") / "last.pt", weights_only=True)["model"]
+    assert saved["patch_mean"].min() > 0.2 and saved["patch_var"].max() < 0.2
+    calls = []
+
+    def spy(*arguments, gather=robust_mae.patch_statistics):
+        calls.append(arguments)
+        return gather(*arguments)
+
+    monkeypatch.setattr(robust_mae, "patch_statistics", spy)
+    run = lambda *more: robust_mae.main(robust_mae.get_args(small_args(folder, tmp_path / "out", *more)))
+    with monkeypatch.context() as patch:
+        patch.setattr(robust_mae, "save", stop_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    run()
+    assert len(calls) == 1
+    run("--target", "rgb", "--no_resume")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_accumulation_changes_nothing_but_memory(name):
     """Gradients of one batch in four parts are those of the whole batch."""
-    model = shake(mae.MAE(**TINY, **TINY_DECODER))
+    classes = (mae.MAE, emae.EMAE, efficient_mae.EfficientMAE, robust_mae.RobustMAE, sdae.SdAE)
+    model = shake(dict(zip(SCRIPTS, classes))[name](**TINY, **TINY_DECODER))
     imgs, noise = torch.randn(8, 3, 32, 32), torch.rand(8, 16)
     model(imgs, noise)[0].backward()
     whole = [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -758,20 +1505,20 @@ def test_accumulation_changes_nothing_but_memory():
 
 def test_picture_shows_what_it_says():
     model = shake(mae.MAE(**TINY, **TINY_DECODER))
-    imgs = torch.randn(2, 3, 32, 32)
+    normalize = common.Normalize()
+    imgs = normalize(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     torch.manual_seed(5)
-    original, masked, pasted = model.picture(imgs)
+    rows = model.picture(imgs, normalize)
     torch.manual_seed(5)
     pred, mask = model.reconstruct(imgs)
-    assert torch.equal(original, imgs)
-    patches, shown, pasted = (mae.patchify(x, 8) for x in (imgs, masked, pasted))
-    assert torch.equal(shown[mask == 1], torch.zeros_like(shown[mask == 1])) and torch.equal(
-        shown[mask == 0], patches[mask == 0]
-    )
-    assert torch.equal(pasted[mask == 0], patches[mask == 0])
+    torch.testing.assert_close(rows[0], normalize.inverse(imgs))
+    patches, shown, pasted = (mae.patchify(x, 8) for x in (imgs, *(normalize(255 * row) for row in rows[1:])))
+    assert shown[mask == 1].abs().max() < 1e-5
+    torch.testing.assert_close(shown[mask == 0], patches[mask == 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pasted[mask == 0], patches[mask == 0], atol=1e-5, rtol=1e-5)
     removed = patches[mask == 1]
     expected = pred[mask == 1] * (removed.var(-1, keepdim=True) + 1e-6).sqrt() + removed.mean(-1, keepdim=True)
-    torch.testing.assert_close(pasted[mask == 1], expected)
+    torch.testing.assert_close(pasted[mask == 1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_not_square(folder, tmp_path, pretrained):
@@ -809,9 +1556,94 @@ def test_bad_arguments(folder, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("emae", ["--parts", "3"], "--parts 3 must be at least 2 and divide the 16"),
+        ("emae", ["--parts", "1"], "--parts 1 must"),
+        ("emae", ["--parts", "2"], "--consistency_weight"),
+        ("emae", ["--consistency_weight", "-1"], "--consistency_weight"),
+        ("efficient_mae", ["--gamma", "-0.1"], "--gamma"),
+        ("efficient_mae", ["--beta", "0"], "--beta"),
+        ("efficient_mae", ["--beta", "nan"], "--beta"),
+        ("efficient_mae", ["--mask_ratio", "0.95"], "keep and remove at least one"),
+        ("efficient_mae", ["--img_size", "8", "--patch_size", "1"], "--patch_size must be at least 2"),
+        ("robust_mae", ["--drop_edge", "1"], "--drop_edge"),
+        ("robust_mae", ["--mid_ratio", "0.8"], "--mid_ratio 0.8 must be from 0 to --mask_ratio 0.75"),
+        ("robust_mae", ["--mid_ratio", "0.25", "--mid_depth", "4"], "from 0 to 3 in vit_micro"),
+        ("robust_mae", ["--mid_depth", "2"], "--mid_depth needs --mid_ratio"),
+        ("sdae", ["--folds", "13"], "--folds 13 must be from 1 to the removed patches, 12"),
+        ("sdae", ["--folds", "0"], "--folds 0 must"),
+        ("sdae", ["--folds", "2", "--teacher_input", "full"], "--folds needs --teacher_input folds"),
+        ("sdae", ["--teacher_tokens", "5"], "--teacher_tokens needs --teacher_input crop"),
+        ("sdae", ["--teacher_input", "crop", "--teacher_tokens", "13"], "--teacher_tokens 13 must"),
+        ("sdae", ["--momentum", "0.99", "0.9"], "--momentum"),
+        ("sdae", ["--drop_path", "1"], "--drop_path"),
+        ("sdae", ["--mask_ratio", "0.99"], "keep and remove at least one"),
+    ],
+)
+def test_bad_arguments_of_the_four(name, arguments, message):
+    """Refused by the parser, before any data is touched: --data is nowhere."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        SCRIPTS[name].get_args([*small_args("nowhere", "out"), *arguments])
+
+
+def test_flags_that_a_method_has_not():
+    """No flag does nothing: EMAE's parts are its mask ratio, SdAE has no pixels to normalise."""
+    for name, flag in (("emae", "--mask_ratio"), ("sdae", "--norm_pix"), ("mae", "--parts")):
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS[name].get_args(["--data", "x", flag, "1"])
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "name, recipe",
+    [
+        ("emae", dict(model="vit_base", epochs=300, batch_size=4096, blr=1.5e-4, warmup_epochs=40, parts=4)),
+        ("efficient_mae", dict(model="vit_large", epochs=800, batch_size=1024, blr=1.5e-4, mask_ratio=0.85, gamma=0.6)),
+        ("robust_mae", dict(model="vit_base", epochs=800, batch_size=4096, drop_edge=0.3, crop_scale=[0.5, 1.0])),
+        ("sdae", dict(model="vit_base", epochs=300, batch_size=768, warmup_epochs=60, weight_decay=0.05, folds=3)),
+    ],
+)
+def test_recipes_of_the_four(name, recipe):
+    args = SCRIPTS[name].get_args(["--data", "x"])
+    assert {key: getattr(args, key) for key in recipe} == recipe
+    demo = SCRIPTS[name].get_args(["--demo"])
+    assert (demo.data, demo.model, demo.batch_size) == ("shapes", "vit_micro", 64)
+    if name == "robust_mae":
+        assert robust_mae.get_args(["--model", "vit_large"]).crop_scale == [0.2, 1.0]
+
+
+ABLATIONS = {
+    "emae": [["--parts", "8"], ["--consistency_weight", "0"], ["--no-norm_pix"]],
+    "efficient_mae": [["--beta", "inf", "--gamma", "0"], ["--p2dist", "exact"], ["--beta", "10"]],
+    "robust_mae": [["--target", "none", "--no-norm_pix"], ["--mid_ratio", "0.25", "--mid_depth", "1"]],
+    "sdae": [
+        ["--teacher_input", "masked"],
+        ["--teacher_input", "full", "--cosine_over", "features"],
+        ["--teacher_input", "crop", "--teacher_tokens", "3", "--no-teacher_norm"],
+        ["--folds", "5", "--ema", "epoch"],
+    ],
+}
+
+
+@pytest.mark.parametrize("name, flags", [(name, flags) for name in ABLATIONS for flags in ABLATIONS[name]])
+def test_ablations_train(name, flags, folder, tmp_path):
+    """From the command line to a finite loss, weights that moved, and a picture."""
+    method = SCRIPTS[name]
+    args = method.get_args(small_args(folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0", *flags))
+    method.main(args)
+    torch.manual_seed(0)
+    start, end = method.build_model(args), torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert math.isfinite(json.loads((tmp_path / "log.jsonl").read_text())["loss"])
+    assert all(value.isfinite().all() for value in end.values()) and (tmp_path / "reconstruction.png").exists()
+    moved = [not torch.equal(p, end[key]) for key, p in start.named_parameters() if key.startswith("blocks.0.mlp")]
+    assert all(moved)
+
+
 def test_bad_input_is_one_line_and_exit_2(tmp_path):
     for command in (
-        ["mae.py", "--data", tmp_path / "nowhere"],
+        *([f"{name}.py", "--data", tmp_path / "nowhere"] for name in SCRIPTS),
         ["mae.py", "--epoch", "3"],
         ["finetune.py", "--ckpt", tmp_path / "none.pt"],
     ):
@@ -1319,14 +2151,32 @@ def test_two_processes(folder, tmp_path):
             assert results[0]["top1"] == results[1]["top1"]
 
 
-def test_commands_of_the_readme():
-    """Every command of the README has arguments that its script knows."""
-    commands = re.findall(
-        r"^(?:.*&& )?(?:python|torchrun .*?) ?(mae|finetune)\.py (.*)$", (ROOT / "README.md").read_text(), re.M
-    )
-    assert len(commands) > 10
+@pytest.mark.parametrize("name", OWN)
+def test_two_processes_of_the_four(name, folder, tmp_path):
+    """As above, with drop path and dropout on: their random numbers belong to the part of the batch."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = script(*launch, f"{name}.py", *small_args(folder, tmp_path / "two", "--amp", "none"))
+    assert done.returncode == 0, done.stderr
+    method = SCRIPTS[name]
+    method.main(method.get_args(small_args(folder, tmp_path / "one", "--accum_iter", "2", "--amp", "none")))
+    two, one = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("two", "one"))
+    for a, b in zip(*([state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (two, one))):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=2e-3)
+    for key in two["model"]:
+        if key.startswith("teacher."):
+            torch.testing.assert_close(two["model"][key], one["model"][key], atol=1e-5, rtol=1e-3)
+        if key.startswith(("patch_mean", "patch_var")):  # Eq. 3's sums are exact, however they are shared
+            assert torch.equal(two["model"][key], one["model"][key])
+
+
+def test_commands_of_the_readme_and_the_headers():
+    """Every command has arguments that its script knows."""
+    scripts = {**SCRIPTS, "finetune": finetune}
+    texts = [(ROOT / "README.md").read_text(), *(module.__doc__ for module in SCRIPTS.values())]
+    commands = re.findall(r"^(?:.*&& | *)(?:python|torchrun .*?) ?(\w+)\.py (.*?)(?:#.*)?$", "\n".join(texts), re.M)
+    assert len(commands) > 25 and {name for name, _ in commands} == scripts.keys()
     for name, arguments in commands:
-        {"mae": mae, "finetune": finetune}[name].get_args(arguments.split())
+        scripts[name].get_args(arguments.split())
 
 
 def test_the_readmes_way_into_timm(tmp_path, monkeypatch):

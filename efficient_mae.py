@@ -1,0 +1,564 @@
+"""Efficient MAE: Efficient MAE towards Large-Scale Vision Transformers.
+Qiu Han, Gongjie Zhang, Jiaxing Huang, Peng Gao, Zhang Wei, Shijian Lu. WACV 2024.
+
+With more patches removed, pre-training is cheaper, but the patches far from any visible one come to dominate the loss.
+P²Dist (Eq. 1, Algorithm 1) measures how far a removed patch is, in pixels. The Difficulty-Flatten loss weights a
+patch's error by its P²Dist to the power -γ (Eq. 2), and decoder masking (Section 4.2) keeps patches beyond β out of the
+decoder altogether: no token, no attention, no loss. The mask ratio can then rise from 0.75 to 0.85.
+
+Against mae.py: P²Dist is new, the loss is weighted, and the decoder works on a ragged batch. Its linear layers run on
+the tokens of all images packed one after another, its attention image by image (on a GPU padded to the longest).
+
+Chosen where the paper is silent or contradicts itself:
+- Algorithm 1: of the distinct points at the visible patches' centres, edges and corners, the k = 8 nearest to the
+  removed patch's centre, equal distances in order of row, then column; then the mean over the removed patch's pixels of
+  the distance to the nearest of these. At ratio 0.85, 78, 114 and 150 of 167 patches have d ≤ 9, 13 and 26: Table 8 has
+  82, 114 and 150. --p2dist exact is Eq. 1 itself, over all visible pixels: 76, 114 and 145.
+- β is in pixels at patch size 16: for others the default is 26 · patch_size / 16. --beta inf drops none.
+- Eq. 2 is taken for each image over its patches in the decoder (0 where there are none), then averaged over images, so
+  that no result depends on how a batch is shared. ‖·‖ is MAE's mean squared error; targets are standardised per patch.
+- Defaults: ViT-L and 800 epochs (Table 3; the ablations take 200), batch 1024. Table 4's columns DF and DM are swapped.
+- Not implemented: Table 5's other metrics of difficulty, Table 6's thresholding, scheduling and normalisation.
+
+    python efficient_mae.py --demo                                            # a CPU, 2 cores: two minutes
+    python efficient_mae.py --data my_images --model vit_base --batch_size 256   # one GPU
+    torchrun --nproc_per_node 8 efficient_mae.py --data imagenet              # the paper's recipe, ViT-L, 800 epochs
+
+Measured: not yet run.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, ViT, check_vit, init_linear,
+                    load_dataset, make_loader, pair, seed_from, sincos_pos_embed, train_transform)
+
+DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
+            decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments: the defaults are the paper's recipe
+# ---------------------------------------------------------------------------------------------------------------------
+def get_args(argv=None):
+    """Parses and checks the command line. Raises InputError, or exits with code 2, with one line on what is wrong."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
+    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
+    data.add_argument("--img_size", type=int, nargs="+", default=[224], help="pixels: one number, or height and width")
+    data.add_argument("--crop_scale", type=float, nargs=2, default=[0.2, 1.0], help="area of RandomResizedCrop")
+    data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
+    model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_num_heads", type=int, default=16)
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
+
+    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim.add_argument("--epochs", type=int, default=800)
+    optim.add_argument("--warmup_epochs", type=float, default=40)
+    optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
+    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share")
+    optim.add_argument("--blr", type=float, default=1.5e-4, help="base learning rate: lr = blr · batch_size / 256")
+    optim.add_argument("--weight_decay", type=float, default=0.05)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="for checkpoints, log and picture")
+    run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
+                     help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--demo", action="store_true", help="small everything, on images drawn by the loader")
+
+    method = parser.add_argument_group("Efficient MAE")  # Efficient
+    method.add_argument("--gamma", type=float, default=0.6, help="γ: errors are weighted by d^-γ (Eq. 2)")  # Efficient
+    method.add_argument("--beta", type=float,  # Efficient
+                        help="β, pixels: harder patches are dropped; inf: none (default: 26/16 patch)")  # Efficient
+    method.add_argument("--p2dist", choices=["approximate", "exact"], default="approximate",  # Efficient
+                        help="Algorithm 1, or Eq. 1 over all pixels")  # Efficient
+    parser.set_defaults(model="vit_large", mask_ratio=0.85, batch_size=1024)  # Efficient: Section 5.1
+
+    parser.set_defaults(**DEMO if "--demo" in (sys.argv[1:] if argv is None else argv) else {})
+    args = parser.parse_args(argv)
+
+    size = VIT_SIZES[args.model]
+    args.patch_size = args.patch_size or size["patch_size"]
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
+    check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
+    check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
+    shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
+    for right, advice in (
+        (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+         f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
+        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+         f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
+        (args.gamma >= 0 and (args.beta is None or args.beta > 0),  # Efficient: Eq. 2, Section 4.2
+         "--gamma must be at least 0, --beta above 0"),  # Efficient: Eq. 2, Section 4.2
+        (args.patch_size > 1, "--patch_size must be at least 2: P²Dist needs pixels"),  # Efficient: Eq. 1
+        (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
+         f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
+        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
+        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
+         "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
+    ):
+        if not right:
+            raise InputError(advice)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches and masking
+# ---------------------------------------------------------------------------------------------------------------------
+def patchify(imgs, patch_size):
+    """Images (N, 3, H, W) to patches (N, L, P·P·3), each ordered (row, column, channel)."""
+    N, C, H, W = imgs.shape
+    x = imgs.reshape(N, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(N, -1, patch_size**2 * C)
+
+
+def unpatchify(patches, patch_size, grid_size):
+    """Patches (N, L, P·P·3) on a grid (rows, columns) back to images (N, 3, H, W)."""
+    x = patches.reshape(len(patches), *grid_size, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid_size[0] * patch_size, grid_size[1] * patch_size)
+
+
+def random_masking(noise, mask_ratio):
+    """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
+
+    Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
+    rounding. Source: Section 3, "Simple implementation".
+    """
+    len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
+    return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
+
+
+def p2dist_approximate(ids_keep, ids_remove, grid_size, patch_size, k=8):
+    """P²Dist by Algorithm 1: of each removed patch, (N, L - keep), in pixels; larger is harder to predict.
+
+    Candidates are the visible patches' centres, edge midpoints and corners: points of a lattice of half a patch, on
+    which neighbours share theirs. S is the k of them nearest to the removed patch's centre; k is at most 9.
+    """
+    rows, columns = grid_size
+    device, width = ids_keep.device, 2 * columns + 1                    # the lattice: (2·rows + 1) × width points
+    point = torch.cartesian_prod(torch.arange(2 * rows + 1, device=device), torch.arange(width, device=device))
+    corner = point.reshape(-1, width, 2)[:-1:2, :-1:2].flatten(0, 1)     # of each patch, its upper left one: (L, 2)
+
+    # p_c^v + Δp: each patch has 3×3 points
+    delta = torch.arange(3, device=device)
+    delta = (width * delta[:, None] + delta).flatten()
+    candidates = ((corner[:, 0] * width + corner[:, 1])[ids_keep][:, :, None] + delta).flatten(1)
+    visible = torch.zeros(len(ids_keep), len(point), dtype=torch.bool, device=device).scatter(1, candidates, True)
+
+    # S, in integers, so that ties fall alike everywhere: ordered by squared distance, then by the point's number
+    distance = (corner[:, None] + 1 - point).square().sum(dim=2)                          # (L, points), half patches
+    order = distance * len(point) + torch.arange(len(point), device=device)
+    order = order.int() if order.numel() < 2**28 else order             # half the time, where that cannot overflow
+    order = order.index_select(0, ids_remove.flatten()).unflatten(0, ids_remove.shape)
+    order.masked_fill_(~visible[:, None], torch.iinfo(order.dtype).max)
+    nearest = point[order.topk(k, dim=2, largest=False).values % len(point)]              # (N, L - keep, k, 2)
+
+    # d': the mean over the patch's pixels of the distance to the nearest point of S
+    pixel = corner[ids_remove][:, :, None, :, None] * (patch_size / 2) + torch.arange(patch_size, device=device)
+    squared = (pixel - nearest[..., None] * (patch_size / 2)).square()                    # (N, L - keep, k, 2, P)
+    best = torch.full((), math.inf, device=device)
+    for i in range(k):
+        best = torch.minimum(best, squared[:, :, i, 0, :, None] + squared[:, :, i, 1, None, :])
+    return best.sqrt().mean(dim=(2, 3))
+
+
+def p2dist_exact(ids_keep, ids_remove, grid_size, patch_size):
+    """P²Dist by Eq. 1 itself, over every pixel of the visible patches: a distance transform, columns first."""
+    rows, columns = grid_size
+    device = ids_keep.device
+
+    def gap(number):
+        """Squared distance along one axis from each pixel to the nearest pixel of each patch, (number·P, number)."""
+        first, pixel = (torch.arange(n, device=device) for n in (number, number * patch_size))
+        behind = first * patch_size - pixel[:, None]                    # > 0: the patch begins after the pixel
+        return torch.maximum(behind, 1 - patch_size - behind).clamp(min=0).float() ** 2
+
+    visible = torch.zeros(len(ids_keep), rows * columns, dtype=torch.bool, device=device).scatter(1, ids_keep, True)
+    visible = visible.reshape(-1, 1, rows, columns)
+    down = torch.where(visible, gap(rows)[:, :, None], math.inf).amin(dim=2)              # (N, H, columns)
+    best = torch.full((), math.inf, device=device)
+    for column, across in enumerate(gap(columns).T):
+        best = torch.minimum(best, down[:, :, column, None] + across)                     # (N, H, W)
+    distance = best.sqrt().reshape(-1, rows, patch_size, columns, patch_size).mean(dim=(2, 4))
+    return distance.flatten(1).gather(1, ids_remove)
+
+
+def ragged_attention(q, k, v, lengths, loop):
+    """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
+    images one after another; `lengths` says how many each has. With `loop` image by image, else padded to the longest:
+    loops suit a CPU, whose time is in the arithmetic, and few large kernels suit a GPU."""
+    if loop:
+        images = zip(*(x.split(lengths, dim=1) for x in (q * q.shape[2] ** -0.5, k, v)))
+        return torch.cat([(q @ k.transpose(1, 2)).softmax(dim=2) @ v for q, k, v in images], dim=1)
+    inside = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    slots = true_entries(inside, q.shape[1])
+    q, k, v = (x.new_zeros(len(x), inside.numel(), x.shape[2]).index_copy(1, slots, x).unflatten(1, inside.shape)
+               for x in (q, k, v))                                      # (heads, N, longest, d)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None])
+    return x.flatten(1, 2).index_select(1, slots)
+
+
+def true_entries(mask, number):
+    """Flat indices of the `number` entries of a mask that are true, in order: as nonzero(), but without the wait for
+    the device to learn how many there are."""
+    return mask.flatten().logical_not().byte().argsort(stable=True)[:number]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+class EfficientMAE(ViT):
+    """Masked autoencoder that knows which patches are hard. Raises InputError for sizes that don't fit."""
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
+                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.85, norm_pix=True,
+                 gamma=0.6, beta=None, p2dist="approximate"):
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+        check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+        self.gamma = gamma
+        self.beta = 26 * patch_size / 16 if beta is None else beta
+        self.p2dist = {"approximate": p2dist_approximate, "exact": p2dist_exact}[p2dist]
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        position = sincos_pos_embed(decoder_embed_dim, self.grid_size)
+        self.decoder_pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """The decoder's part; the encoder's is in ViT."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(init_linear)
+
+    def forward_encoder(self, patches, ids_keep):
+        """Visible patches to tokens: patches (N, L, P·P·3), ids_keep (N, keep) -> (N, 1 + keep, D)."""
+        x = self.patch_embed(patches.take_along_dim(ids_keep[:, :, None], dim=1))        # (N, keep, D)
+        x = x + self.pos_embed[0, 1 + ids_keep]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)                      # (N, 1 + keep, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decoder_masking(self, noise):
+        """Noise (N, L) to ids_keep (N, keep), ids_remove (N, L - keep) and, both (N, L - keep), the removed patches'
+        P²Dist and whether it is at most β: the others are too hard and stay out of the decoder (Section 4.2)."""
+        ids_keep, ids_remove = random_masking(noise, self.mask_ratio)
+        distance = self.p2dist(ids_keep, ids_remove, self.grid_size, self.patch_size)
+        return ids_keep, ids_remove, distance, distance <= self.beta
+
+    def forward_decoder(self, latent, ids_keep, ids_remove, easy, predict_all=False):
+        """Tokens (N, 1 + keep, D) to predictions of the easy ones of the removed patches, (their number, P·P·3), image
+        after image; with `predict_all` each image's visible ones too, before them."""
+        x = self.decoder_embed(latent)
+        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.num_patches - x.shape[1], -1)], dim=1)
+        ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
+        x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
+
+        # Hard patches leave; what stays is packed: (T, D_decoder). The lengths are the one wait for the device. T is
+        # filled up to a multiple of 64, as by one more image: a CPU prepares its kernels anew for every new T.
+        enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
+        lengths = enters.sum(dim=1).tolist()
+        number, fill = sum(lengths), 64 - sum(lengths) % 64
+        tokens = F.pad(true_entries(enters, number), (0, fill), value=self.num_patches)
+        x = x.flatten(0, 1).index_select(0, tokens)
+        for block in self.decoder_blocks:
+            qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)
+            attended = ragged_attention(*qkv.contiguous(), [*lengths, fill], loop=x.device.type == "cpu")
+            x = x + block.attn.proj(attended.transpose(0, 1).flatten(1))
+            x = x + block.mlp(block.norm2(x))
+
+        first = 1 if predict_all else latent.shape[1]                   # of each image's predicted tokens
+        predicted = true_entries(tokens % enters.shape[1] >= first, len(tokens) - first * len(enters))
+        return self.decoder_pred(self.decoder_norm(x.index_select(0, predicted)))[:len(predicted) - fill]
+
+    def forward_loss(self, patches, pred, ids_remove, distance, easy):
+        """Eq. 2, in float32: an image's squared errors weighted by d^-γ over the sum of its weights; the images' mean.
+
+        patches (N, L, P·P·3), pred (number of easy patches, P·P·3), distance and easy (N, L - keep).
+        """
+        entries = true_entries(easy, len(pred))
+        ids = ids_remove + self.num_patches * torch.arange(len(easy), device=easy.device)[:, None]
+        target = patches.flatten(0, 1).index_select(0, ids.flatten()[entries])
+        if self.norm_pix:
+            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+        error = (pred.float() - target).square().mean(dim=1)                             # ‖p_i - t_i‖ of Eq. 2
+        error = torch.zeros(easy.numel(), device=easy.device).index_copy(0, entries, error).view_as(distance)
+        weight = distance ** -self.gamma * easy                                          # d_i^-γ of Eq. 2
+        return ((weight * error).sum(dim=1) / weight.sum(dim=1).clamp(min=1e-30)).mean()
+
+    def forward(self, imgs, noise=None):
+        """Images (N, 3, H, W), and noise (N, L) that fixes the mask, to the loss and a dict of detached scalars."""
+        noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        ids_keep, ids_remove, distance, easy = self.decoder_masking(noise)
+        patches = patchify(imgs, self.patch_size)                                        # (N, L, P·P·3)
+        latent = self.forward_encoder(patches, ids_keep)
+        pred = self.forward_decoder(latent, ids_keep, ids_remove, easy)
+        loss = self.forward_loss(patches, pred, ids_remove, distance, easy)
+        return loss, {"loss": loss.detach(), "predicted_patches": easy.sum() / len(easy)}
+
+    @torch.no_grad()
+    def reconstruct(self, imgs, noise=None):
+        """Every patch's prediction in its place (N, L, P·P·3), and the mask (N, L): 0 = visible, 1 = removed. Patches
+        that don't enter the decoder have no prediction: NaN."""
+        noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        ids_keep, ids_remove, _, easy = self.decoder_masking(noise)
+        latent = self.forward_encoder(patchify(imgs, self.patch_size), ids_keep)
+        packed = self.forward_decoder(latent, ids_keep, ids_remove, easy, predict_all=True)
+        enters = F.pad(easy, (ids_keep.shape[1], 0), value=True)                         # (N, L)
+        pred = torch.full((*enters.shape, packed.shape[1]), math.nan, device=imgs.device)
+        pred[enters] = packed.float()
+        ids_restore = torch.cat([ids_keep, ids_remove], dim=1).argsort(dim=1)
+        mask = torch.ones(ids_restore.shape, device=imgs.device).scatter(1, ids_keep, 0.0)
+        return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
+
+    def picture(self, imgs, normalize):
+        """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in,
+        but for those that are not predicted.
+
+        A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
+        """
+        pred, mask = self.reconstruct(imgs)
+        patches, mask = patchify(imgs, self.patch_size), mask[:, :, None]
+        if self.norm_pix:
+            pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + patches.mean(dim=-1, keepdim=True)
+        rows = (patches, patches * (1 - mask), patches * (1 - mask) + pred.nan_to_num(0.0) * mask)
+        return [normalize.inverse(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
+
+
+def build_model(args):
+    """The model that the command line describes."""
+    return EfficientMAE(**{**VIT_SIZES[args.model], "img_size": args.img_size, "patch_size": args.patch_size},
+                        decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+                        decoder_num_heads=args.decoder_num_heads, mask_ratio=args.mask_ratio, norm_pix=args.norm_pix,
+                        gamma=args.gamma, beta=args.beta, p2dist=args.p2dist)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation, processes, files
+# ---------------------------------------------------------------------------------------------------------------------
+def learning_rate(epoch, args):
+    """Rate at a (fractional) epoch: linear warm-up from 0 to blr · batch_size / 256, then half a cosine to 0."""
+    peak = args.blr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)))
+
+
+def param_groups(model, weight_decay):
+    """Weight decay on everything that is trained and not 1-D (1-D: biases and norms)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def init_distributed(args):
+    """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = args.device or best
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def amp_dtype(choice, device):
+    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated; on MPS: none."""
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif choice == "auto":
+        if hasattr(torch.cpu, "get_capabilities"):
+            features = torch.cpu.get_capabilities()
+            in_hardware = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))   # bf16: ARM's
+        else:                                                           # before torch 2.11
+            in_hardware = torch.cpu._is_avx512_bf16_supported()
+        choice = "bf16" if device.type == "cpu" and in_hardware else "none"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
+
+
+def save(obj, path):
+    """Saves beside `path` and moves it there, so that an interrupted write costs nothing."""
+    torch.save(obj, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, args, model, optimizer, scaler):
+    """Goes on from `path`, if it is there: restores the state and returns the step to go on at, else 0.
+    Raises InputError where the checkpoint is another recipe's, or is not seen by every process."""
+    found = not args.no_resume and path.exists()
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        if len(set(everywhere)) > 1:
+            raise InputError(f"{path} is there for some processes only: --output_dir must be on a disk that all share")
+    if not found:
+        return 0
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
+    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
+               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    if changed:
+        raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
+                         f"another --output_dir for a new run, or --no_resume to start over")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"]
+
+
+def start_over(output):
+    """Makes way for a new run: an old checkpoint is kept as last.old.pt, so that nothing goes on from it."""
+    if (output / "last.pt").exists():
+        os.replace(output / "last.pt", output / "last.old.pt")
+    (output / "log.jsonl").unlink(missing_ok=True)
+
+
+def save_picture(rows, path):
+    """One PNG: a row of the grid for each of `rows`, images (N, 3, H, W) in [0, 1]."""
+    imgs = torch.cat([row.float().clamp(0, 1).cpu() for row in rows])
+    save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def main(args):
+    """Pre-trains from the start, or from where OUTPUT/last.pt was saved, to the end."""
+    rank, world_size, device = init_distributed(args)
+    output = Path(args.output_dir)
+
+    # Data
+    source = load_dataset(args.data, "pretrain", args.data_root)
+    plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
+                rank=rank, world_size=world_size, seed=args.seed)
+    steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed)
+    normalize = Normalize().to(device)
+
+    # Model and optimiser: every process starts from the same weights
+    torch.manual_seed(args.seed)
+    model = build_model(args).to(device)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    dtype = amp_dtype(args.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    if args.compile:
+        model.compile()
+    net = DistributedDataParallel(model) if world_size > 1 else model
+    batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
+
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        if start == 0:
+            start_over(output)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M parameters, {len(source)} images, "
+              f"{device.type}, amp {str(dtype).removeprefix('torch.')}\n"
+              f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
+              f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
+              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}\n"
+              f"epochs {start // steps_per_epoch} to {args.epochs} of {steps_per_epoch} steps each, into {output}",
+              flush=True)
+
+    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
+               unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
+    totals, epoch_start = {}, time.time()
+    model.train()
+    for step in range(start, args.epochs * steps_per_epoch):
+        lr = learning_rate(step / steps_per_epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for part in range(args.accum_iter):
+            imgs = normalize(next(batches)[0].to(device, non_blocking=True))
+            # Masks and dropout: the step and the part of its batch decide, so there is no random state to save
+            torch.manual_seed(seed_from(args.seed, step, part * world_size + rank))
+            net.require_backward_grad_sync = part == args.accum_iter - 1
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss, stats = net(imgs)
+            scaler.scale(loss / args.accum_iter).backward()
+            for name, value in stats.items():                           # summed on the device: no wait for it here
+                totals[name] = totals.get(name, 0.0) + value / args.accum_iter
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
+        bar.update(args.batch_size)
+        if rank == 0 and (done % 20 == 0 or done == steps_per_epoch):
+            bar.set_postfix(epoch=epoch, loss=f"{totals['loss'].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
+        if done < steps_per_epoch:
+            continue
+
+        # The end of an epoch: log, checkpoint, picture
+        means = torch.stack([value.float() / steps_per_epoch for value in totals.values()])
+        if world_size > 1:
+            dist.all_reduce(means)
+        line = dict(zip(totals, (means / world_size).tolist()))
+        seconds = time.time() - epoch_start
+        if rank == 0:
+            line = {"epoch": epoch, **line, "lr": lr, "seconds": seconds,
+                    "images_per_s": steps_per_epoch * args.batch_size / seconds}
+            with open(output / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "step": step + 1, "args": vars(args)}, output / "last.pt")
+            model.eval()
+            save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
+            model.train()
+        totals, epoch_start = {}, time.time()
+
+    bar.close()
+    if rank == 0:
+        save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
+        print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,514 @@
+"""Robust MAE: A Robustly and Effectively Optimized Pre-training Approach for Masked Autoencoder.
+Anonymous authors. Submitted to ICLR 2023 (OpenReview LHBiPX5BOwZ).
+
+Three ingredients for MAE. Drop edge: dropout on the decoder's attention probabilities, so that tokens find no shortcut
+to each other (Section 2.1, after Eq. 1). Global patch normalisation: targets are standardised by the mean and variance
+of each of a patch's P·P·3 values over the whole training set (Eq. 3), and only then by each patch's own (Eq. 2).
+Mid-level mask tokens, off by default: some removed patches enter the encoder at a late block (Section 2.3).
+
+Against mae.py: the decoder's blocks have dropout, targets pass through `inter_patch_norm` with the statistics that
+`patch_statistics` gathers before training, and `forward_encoder` may add mask tokens.
+
+Chosen where the paper is silent:
+- Eq. 3's statistics are those of epoch 0's training crops, which the seed decides, of pixels in [0, 1]; they are summed
+  in integers, so that they don't depend on how processes share the images, and are kept in the checkpoint. ε is 1e-6.
+- --target none leaves pixels in [0, 1], rgb standardises channels by ImageNet's statistics, as MAE does: with rgb and
+  --drop_edge 0 this is mae.py. The encoder sees RGB-normalised pixels whatever the target. --no-norm_pix omits Eq. 2.
+- The variance of Eq. 2 is the unbiased one + 1e-6, as in mae.py.
+- Mid-level: --mid_ratio 0.25 gives 49 of the 147 removed patches, the first after the visible ones in shuffled order, a
+  token of their own + position before block 8 of 12 (two thirds of the depth elsewhere). They pass through
+  decoder_embed as the visible ones do, the other 98 get the usual mask token; the loss stays on all 147.
+- RandomResizedCrop scale (0.5, 1) up to ViT-B, as the paper has it for ViT-B, and MAE's (0.2, 1) above. 800 epochs.
+
+    python robust_mae.py --demo                                               # a CPU, 2 cores: two minutes
+    python robust_mae.py --data my_images --batch_size 256 --accum_iter 2     # one GPU
+    torchrun --nproc_per_node 8 robust_mae.py --data imagenet --accum_iter 4  # the paper's recipe, ViT-B, 800 epochs
+
+Measured: not yet run.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, ViT, check_vit, init_linear,
+                    load_dataset, make_loader, pair, seed_from, sincos_pos_embed, train_transform)
+from common import IMAGENET_MEAN, IMAGENET_STD, eval_batches  # Robust: for Eq. 3
+
+DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
+            decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments: the defaults are the paper's recipe
+# ---------------------------------------------------------------------------------------------------------------------
+def get_args(argv=None):
+    """Parses and checks the command line. Raises InputError, or exits with code 2, with one line on what is wrong."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
+    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
+    data.add_argument("--img_size", type=int, nargs="+", default=[224], help="pixels: one number, or height and width")
+    data.add_argument("--crop_scale", type=float, nargs=2, default=[0.2, 1.0], help="area of RandomResizedCrop")
+    data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
+    model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_num_heads", type=int, default=16)
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
+
+    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim.add_argument("--epochs", type=int, default=800)
+    optim.add_argument("--warmup_epochs", type=float, default=40)
+    optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
+    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share")
+    optim.add_argument("--blr", type=float, default=1.5e-4, help="base learning rate: lr = blr · batch_size / 256")
+    optim.add_argument("--weight_decay", type=float, default=0.05)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="for checkpoints, log and picture")
+    run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
+                     help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--demo", action="store_true", help="small everything, on images drawn by the loader")
+
+    method = parser.add_argument_group("Robust MAE")  # Robust
+    method.add_argument("--drop_edge", type=float, default=0.3, help="attention dropout (Section 2.1)")  # Robust
+    method.add_argument("--target", choices=["none", "rgb", "patch"], default="patch",  # Robust
+                        help="what pixels are normalised by before --norm_pix (Table 1, Eq. 3)")  # Robust
+    method.add_argument("--mid_ratio", type=float, default=0.0,  # Robust
+                        help="mid-level mask tokens' share of all patches (Section 2.3 has 0.25)")  # Robust
+    method.add_argument("--mid_depth", type=int, help="encoder block they enter before (default: two thirds)")  # Robust
+    parser.set_defaults(crop_scale=None)  # Robust: (0.5, 1) or (0.2, 1), by the model, see below
+
+    parser.set_defaults(**DEMO if "--demo" in (sys.argv[1:] if argv is None else argv) else {})
+    args = parser.parse_args(argv)
+
+    size = VIT_SIZES[args.model]
+    args.patch_size = args.patch_size or size["patch_size"]
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.crop_scale is None:  # Robust: Section 3.1
+        args.crop_scale = [0.2 if args.model in ("vit_large", "vit_huge") else 0.5, 1.0]  # Robust: Section 3.1
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
+    check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
+    check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
+    shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
+    for right, advice in (
+        (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+         f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
+        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+         f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
+        (0 <= args.drop_edge < 1, "--drop_edge must be at least 0 and below 1"),  # Robust: Section 2.1
+        (0 <= args.mid_ratio <= args.mask_ratio,  # Robust: Section 2.3
+         f"--mid_ratio {args.mid_ratio} must be from 0 to --mask_ratio {args.mask_ratio}"),  # Robust: Section 2.3
+        (args.mid_depth is None or args.mid_ratio > 0 and 0 <= args.mid_depth < size["depth"],  # Robust: Section 2.3
+         f"--mid_depth needs --mid_ratio, and is from 0 to {size['depth'] - 1} in {args.model}"),  # Robust: Section 2.3
+        (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
+         f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
+        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
+        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
+         "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
+    ):
+        if not right:
+            raise InputError(advice)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches and masking
+# ---------------------------------------------------------------------------------------------------------------------
+def patchify(imgs, patch_size):
+    """Images (N, 3, H, W) to patches (N, L, P·P·3), each ordered (row, column, channel)."""
+    N, C, H, W = imgs.shape
+    x = imgs.reshape(N, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(N, -1, patch_size**2 * C)
+
+
+def unpatchify(patches, patch_size, grid_size):
+    """Patches (N, L, P·P·3) on a grid (rows, columns) back to images (N, 3, H, W)."""
+    x = patches.reshape(len(patches), *grid_size, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid_size[0] * patch_size, grid_size[1] * patch_size)
+
+
+def random_masking(noise, mask_ratio):
+    """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
+
+    Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
+    rounding. Source: Section 3, "Simple implementation".
+    """
+    len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
+    return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
+
+
+def patch_statistics(crops, args, rank, world_size, device):
+    """Mean and variance of Eq. 3, each (P·P·3) in float64, of pixels in [0, 1] over all patches of epoch 0's crops.
+    Each process takes its share; sums of bytes and of their squares in 64-bit integers are exact, in whatever order."""
+    loader = make_loader(crops, eval_batches(len(crops), 64, rank, world_size), args.num_workers, device)
+    sums = torch.zeros(2, args.patch_size**2 * 3, dtype=torch.int64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    wait = 1 if sys.stderr.isatty() else 30
+    for imgs, _ in tqdm(loader, desc="patch statistics", unit=" batches", disable=rank > 0, mininterval=wait):
+        patches = patchify(imgs.to(device), args.patch_size).flatten(0, 1).long()        # (N·L, P·P·3)
+        sums += torch.stack([patches.sum(dim=0), patches.square().sum(dim=0)])
+        count += len(patches)
+    if world_size > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(count)
+    mean, square = sums.cpu().double() / count.item()
+    return mean / 255, (square - mean**2) / 255**2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+class RobustMAE(ViT):
+    """Masked autoencoder: the ViT as encoder, a smaller one as decoder. Raises InputError for sizes that don't fit."""
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
+                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True,
+                 drop_edge=0.3, target="patch", mid_ratio=0.0, mid_depth=None):
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+        check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+        self.target = target
+        self.mid_count = int(self.num_patches * mid_ratio + 1e-6)       # 49 of 196
+        self.mid_depth = depth * 2 // 3 if mid_depth is None else mid_depth
+        if not 0 <= self.mid_depth < depth:
+            raise InputError(f"mid-level tokens cannot enter before block {self.mid_depth} of {depth}")
+        if self.mid_count:
+            self.mid_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        # A patch vector's order is (row, column, channel)
+        self.register_buffer("rgb_mean", torch.tensor(IMAGENET_MEAN).repeat(patch_size**2), persistent=False)
+        self.register_buffer("rgb_std", torch.tensor(IMAGENET_STD).repeat(patch_size**2), persistent=False)
+        self.register_buffer("patch_mean", torch.zeros(patch_size**2 * 3))               # μ and σ², Eq. 3: set by main
+        self.register_buffer("patch_var", torch.ones(patch_size**2 * 3))
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        position = sincos_pos_embed(decoder_embed_dim, self.grid_size)
+        self.decoder_pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, attn_drop=drop_edge)
+                                            for _ in range(decoder_depth))              # drop edge, Section 2.1
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """The decoder's part; the encoder's is in ViT."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mid_count:
+            nn.init.normal_(self.mid_token, std=0.02)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(init_linear)
+
+    def forward_encoder(self, patches, ids_keep, ids_remove):
+        """Visible patches to tokens: patches (N, L, P·P·3), ids_keep (N, keep) -> (N, 1 + keep, D); with mid-level mask
+        tokens for the first `mid` of ids_remove (N, L - keep) also those, after them: (N, 1 + keep + mid, D)."""
+        x = self.patch_embed(patches.take_along_dim(ids_keep[:, :, None], dim=1))        # (N, keep, D)
+        x = x + self.pos_embed[0, 1 + ids_keep]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)                      # (N, 1 + keep, D)
+        for i, block in enumerate(self.blocks):
+            if self.mid_count and i == self.mid_depth:                                   # Section 2.3
+                x = torch.cat([x, self.mid_token + self.pos_embed[0, 1 + ids_remove[:, :self.mid_count]]], dim=1)
+            x = block(x)
+        return self.norm(x)
+
+    def inter_patch_norm(self, patches):
+        """Patches (…, P·P·3) of RGB-normalised pixels to the chosen target before the per-patch standardisation."""
+        if self.target == "rgb":
+            return patches
+        pixels = patches * self.rgb_std + self.rgb_mean                                  # in [0, 1]
+        return pixels if self.target == "none" else (pixels - self.patch_mean) / (self.patch_var + 1e-6) ** 0.5  # Eq. 3
+
+    def undo_inter_patch_norm(self, target):
+        """The inverse of `inter_patch_norm`."""
+        if self.target == "rgb":
+            return target
+        pixels = target if self.target == "none" else target * (self.patch_var + 1e-6) ** 0.5 + self.patch_mean
+        return (pixels - self.rgb_mean) / self.rgb_std
+
+    def forward_decoder(self, latent, ids_keep, ids_remove, predict_all=False):
+        """Tokens (N, 1 + keep, D) to predictions of the removed patches, (N, L - keep, P·P·3), in ids_remove's order;
+        with `predict_all` of the visible ones too, before them: (N, L, P·P·3)."""
+        x = self.decoder_embed(latent)
+        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.num_patches - x.shape[1], -1)], dim=1)
+        ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
+        x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = x[:, 1:] if predict_all else x[:, 1 + ids_keep.shape[1]:]
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def forward_loss(self, patches, pred, ids_remove):
+        """Mean squared error over the removed patches, in float32; patches (N, L, P·P·3), pred (N, L - keep, P·P·3)."""
+        target = self.inter_patch_norm(patches.take_along_dim(ids_remove[:, :, None], dim=1))
+        if self.norm_pix:                                                                # Eq. 2
+            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+        return F.mse_loss(pred.float(), target)
+
+    def forward(self, imgs, noise=None):
+        """Images (N, 3, H, W), and noise (N, L) that fixes the mask, to the loss and a dict of detached scalars."""
+        noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        ids_keep, ids_remove = random_masking(noise, self.mask_ratio)
+        patches = patchify(imgs, self.patch_size)                                        # (N, L, P·P·3)
+        latent = self.forward_encoder(patches, ids_keep, ids_remove)
+        pred = self.forward_decoder(latent, ids_keep, ids_remove)
+        loss = self.forward_loss(patches, pred, ids_remove)
+        return loss, {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def reconstruct(self, imgs, noise=None):
+        """Every patch's prediction in its place (N, L, P·P·3), and the mask (N, L): 0 = visible, 1 = removed."""
+        noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
+        ids_keep, ids_remove = random_masking(noise, self.mask_ratio)
+        latent = self.forward_encoder(patchify(imgs, self.patch_size), ids_keep, ids_remove)
+        pred = self.forward_decoder(latent, ids_keep, ids_remove, predict_all=True)
+        ids_restore = torch.cat([ids_keep, ids_remove], dim=1).argsort(dim=1)
+        mask = torch.ones(ids_restore.shape, device=imgs.device).scatter(1, ids_keep, 0.0)
+        return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
+
+    def picture(self, imgs, normalize):
+        """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in.
+
+        A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's. That is
+        undone first, then the normalisation over all patches.
+        """
+        pred, mask = self.reconstruct(imgs)
+        patches, mask = patchify(imgs, self.patch_size), mask[:, :, None]
+        if self.norm_pix:
+            target = self.inter_patch_norm(patches)
+            pred = pred * (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + target.mean(dim=-1, keepdim=True)
+        pred = self.undo_inter_patch_norm(pred)
+        rows = (patches, patches * (1 - mask), patches * (1 - mask) + pred * mask)
+        return [normalize.inverse(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
+
+
+def build_model(args):
+    """The model that the command line describes."""
+    return RobustMAE(**{**VIT_SIZES[args.model], "img_size": args.img_size, "patch_size": args.patch_size},
+                     decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+                     decoder_num_heads=args.decoder_num_heads, mask_ratio=args.mask_ratio, norm_pix=args.norm_pix,
+                     drop_edge=args.drop_edge, target=args.target, mid_ratio=args.mid_ratio, mid_depth=args.mid_depth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation, processes, files
+# ---------------------------------------------------------------------------------------------------------------------
+def learning_rate(epoch, args):
+    """Rate at a (fractional) epoch: linear warm-up from 0 to blr · batch_size / 256, then half a cosine to 0."""
+    peak = args.blr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)))
+
+
+def param_groups(model, weight_decay):
+    """Weight decay on everything that is trained and not 1-D (1-D: biases and norms)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def init_distributed(args):
+    """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = args.device or best
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def amp_dtype(choice, device):
+    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated; on MPS: none."""
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif choice == "auto":
+        if hasattr(torch.cpu, "get_capabilities"):
+            features = torch.cpu.get_capabilities()
+            in_hardware = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))   # bf16: ARM's
+        else:                                                           # before torch 2.11
+            in_hardware = torch.cpu._is_avx512_bf16_supported()
+        choice = "bf16" if device.type == "cpu" and in_hardware else "none"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
+
+
+def save(obj, path):
+    """Saves beside `path` and moves it there, so that an interrupted write costs nothing."""
+    torch.save(obj, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, args, model, optimizer, scaler):
+    """Goes on from `path`, if it is there: restores the state and returns the step to go on at, else 0.
+    Raises InputError where the checkpoint is another recipe's, or is not seen by every process."""
+    found = not args.no_resume and path.exists()
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        if len(set(everywhere)) > 1:
+            raise InputError(f"{path} is there for some processes only: --output_dir must be on a disk that all share")
+    if not found:
+        return 0
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
+    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
+               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    if changed:
+        raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
+                         f"another --output_dir for a new run, or --no_resume to start over")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"]
+
+
+def start_over(output):
+    """Makes way for a new run: an old checkpoint is kept as last.old.pt, so that nothing goes on from it."""
+    if (output / "last.pt").exists():
+        os.replace(output / "last.pt", output / "last.old.pt")
+    (output / "log.jsonl").unlink(missing_ok=True)
+
+
+def save_picture(rows, path):
+    """One PNG: a row of the grid for each of `rows`, images (N, 3, H, W) in [0, 1]."""
+    imgs = torch.cat([row.float().clamp(0, 1).cpu() for row in rows])
+    save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def main(args):
+    """Pre-trains from the start, or from where OUTPUT/last.pt was saved, to the end."""
+    rank, world_size, device = init_distributed(args)
+    output = Path(args.output_dir)
+
+    # Data
+    source = load_dataset(args.data, "pretrain", args.data_root)
+    plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
+                rank=rank, world_size=world_size, seed=args.seed)
+    steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed)
+    normalize = Normalize().to(device)
+
+    # Model and optimiser: every process starts from the same weights
+    torch.manual_seed(args.seed)
+    model = build_model(args).to(device)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    dtype = amp_dtype(args.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    if start == 0 and args.target == "patch":  # Robust: Eq. 3, from then on in the checkpoint
+        mean, var = patch_statistics(crops, args, rank, world_size, device)  # Robust: Eq. 3
+        model.patch_mean[:], model.patch_var[:] = mean, var  # Robust: Eq. 3
+    if args.compile:
+        model.compile()
+    net = DistributedDataParallel(model) if world_size > 1 else model
+    batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
+
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        if start == 0:
+            start_over(output)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M parameters, {len(source)} images, "
+              f"{device.type}, amp {str(dtype).removeprefix('torch.')}\n"
+              f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
+              f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
+              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}\n"
+              f"epochs {start // steps_per_epoch} to {args.epochs} of {steps_per_epoch} steps each, into {output}",
+              flush=True)
+
+    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
+               unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
+    totals, epoch_start = {}, time.time()
+    model.train()
+    for step in range(start, args.epochs * steps_per_epoch):
+        lr = learning_rate(step / steps_per_epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for part in range(args.accum_iter):
+            imgs = normalize(next(batches)[0].to(device, non_blocking=True))
+            # Masks and dropout: the step and the part of its batch decide, so there is no random state to save
+            torch.manual_seed(seed_from(args.seed, step, part * world_size + rank))
+            net.require_backward_grad_sync = part == args.accum_iter - 1
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss, stats = net(imgs)
+            scaler.scale(loss / args.accum_iter).backward()
+            for name, value in stats.items():                           # summed on the device: no wait for it here
+                totals[name] = totals.get(name, 0.0) + value / args.accum_iter
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
+        bar.update(args.batch_size)
+        if rank == 0 and (done % 20 == 0 or done == steps_per_epoch):
+            bar.set_postfix(epoch=epoch, loss=f"{totals['loss'].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
+        if done < steps_per_epoch:
+            continue
+
+        # The end of an epoch: log, checkpoint, picture
+        means = torch.stack([value.float() / steps_per_epoch for value in totals.values()])
+        if world_size > 1:
+            dist.all_reduce(means)
+        line = dict(zip(totals, (means / world_size).tolist()))
+        seconds = time.time() - epoch_start
+        if rank == 0:
+            line = {"epoch": epoch, **line, "lr": lr, "seconds": seconds,
+                    "images_per_s": steps_per_epoch * args.batch_size / seconds}
+            with open(output / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "step": step + 1, "args": vars(args)}, output / "last.pt")
+            model.eval()
+            save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
+            model.train()
+        totals, epoch_start = {}, time.time()
+
+    bar.close()
+    if rank == 0:
+        save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
+        print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

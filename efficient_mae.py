@@ -7,7 +7,7 @@ patch's error by its P²Dist to the power -γ (Eq. 2), and decoder masking (Sect
 decoder altogether: no token, no attention, no loss. The mask ratio can then rise from 0.75 to 0.85.
 
 Against mae.py: P²Dist is new, the loss is weighted, and the decoder works on a ragged batch. Its linear layers run on
-the tokens of all images packed one after another, its attention image by image (on a GPU padded to the longest).
+the tokens of all images packed one after another, its attention image by image (on a GPU padded to one length).
 
 Chosen where the paper is silent or contradicts itself:
 - Algorithm 1: of the distinct points at the visible patches' centres, edges and corners, the k = 8 nearest to the
@@ -18,7 +18,8 @@ Chosen where the paper is silent or contradicts itself:
 - Eq. 2 is taken for each image over its patches in the decoder (0 where there are none), then averaged over images, so
   that no result depends on how a batch is shared. ‖·‖ is MAE's mean squared error; targets are standardised per patch.
 - Defaults: ViT-L and 800 epochs (Table 3; the ablations take 200), batch 1024. Table 4's columns DF and DM are swapped.
-- Not implemented: Table 5's other metrics of difficulty, Table 6's thresholding, scheduling and normalisation.
+- Not implemented: Table 5's other metrics of difficulty, Table 6's scheduling and normalisation (its
+  thresholding is --gamma 0 with --beta).
 
     python efficient_mae.py --demo                                            # a CPU, 2 cores: two minutes
     python efficient_mae.py --data my_images --model vit_base --batch_size 256   # one GPU
@@ -66,13 +67,13 @@ def get_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
     model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=int, default=16)
-    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
-    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="standardise each patch")
 
-    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim = parser.add_argument_group("optimisation (MAE's Table 8)")
     optim.add_argument("--epochs", type=int, default=800)
     optim.add_argument("--warmup_epochs", type=float, default=40)
     optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
@@ -114,15 +115,17 @@ def get_args(argv=None):
     for right, advice in (
         (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+        (0 < args.mask_ratio < 1 and 0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
          f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
-        (args.gamma >= 0 and (args.beta is None or args.beta > 0),  # Efficient: Eq. 2, Section 4.2
-         "--gamma must be at least 0, --beta above 0"),  # Efficient: Eq. 2, Section 4.2
+        (0 <= args.gamma < math.inf, "--gamma must be at least 0, and finite"),  # Efficient: Eq. 2
         (args.patch_size > 1, "--patch_size must be at least 2: P²Dist needs pixels"),  # Efficient: Eq. 1
+        (args.beta is None or args.beta >= args.patch_size / 4,  # Efficient: Section 4.2
+         f"--beta must be at least {args.patch_size / 4:g}, or hardly a patch is predicted"),  # Efficient: Section 4.2
         (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
         (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (0 < args.blr < math.inf and 0 <= args.weight_decay < math.inf,
+         "--blr must be above 0, --weight_decay at least 0"),
         (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
          "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
     ):
@@ -151,7 +154,7 @@ def random_masking(noise, mask_ratio):
     """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
 
     Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
-    rounding. Source: Section 3, "Simple implementation".
+    rounding. Source: MAE, Section 3, "Simple implementation".
     """
     len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
     return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
@@ -177,7 +180,7 @@ def p2dist_approximate(ids_keep, ids_remove, grid_size, patch_size, k=8):
     # S, in integers, so that ties fall alike everywhere: ordered by squared distance, then by the point's number
     distance = (corner[:, None] + 1 - point).square().sum(dim=2)                          # (L, points), half patches
     order = distance * len(point) + torch.arange(len(point), device=device)
-    order = order.int() if order.numel() < 2**28 else order             # half the time, where that cannot overflow
+    order = order.int() if 4 * (rows**2 + columns**2) * len(point) < 2**31 else order    # faster, where it fits
     order = order.index_select(0, ids_remove.flatten()).unflatten(0, ids_remove.shape)
     order.masked_fill_(~visible[:, None], torch.iinfo(order.dtype).max)
     nearest = point[order.topk(k, dim=2, largest=False).values % len(point)]              # (N, L - keep, k, 2)
@@ -212,17 +215,19 @@ def p2dist_exact(ids_keep, ids_remove, grid_size, patch_size):
     return distance.flatten(1).gather(1, ids_remove)
 
 
-def ragged_attention(q, k, v, lengths, loop):
+@torch.compiler.disable    # compiled, it would be made anew for every list of lengths
+def attention_by_image(q, k, v, lengths):
     """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
-    images one after another; `lengths` says how many each has. With `loop` image by image, else padded to the longest:
-    loops suit a CPU, whose time is in the arithmetic, and few large kernels suit a GPU."""
-    if loop:
-        images = zip(*(x.split(lengths, dim=1) for x in (q * q.shape[2] ** -0.5, k, v)))
-        return torch.cat([(q @ k.transpose(1, 2)).softmax(dim=2) @ v for q, k, v in images], dim=1)
-    inside = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-    slots = true_entries(inside, q.shape[1])
+    images one after another; `lengths` (N,) says how many each has. For CPUs, whose time is in the arithmetic."""
+    images = zip(*(x.split(lengths.tolist(), dim=1) for x in (q * q.shape[2] ** -0.5, k, v)))
+    return torch.cat([(q @ k.transpose(1, 2)).softmax(dim=2) @ v for q, k, v in images], dim=1)
+
+
+def attention_padded(q, k, v, inside, slots):
+    """The same for GPUs, in few large kernels: images padded to one length. `inside` (N, length) says which tokens are
+    an image's, `slots` (T,) where they are in the flattened `inside`."""
     q, k, v = (x.new_zeros(len(x), inside.numel(), x.shape[2]).index_copy(1, slots, x).unflatten(1, inside.shape)
-               for x in (q, k, v))                                      # (heads, N, longest, d)
+               for x in (q, k, v))                                      # (heads, N, length, d)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None])
     return x.flatten(1, 2).index_select(1, slots)
 
@@ -289,17 +294,22 @@ class EfficientMAE(ViT):
         ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
         x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
 
-        # Hard patches leave; what stays is packed: (T, D_decoder). The lengths are the one wait for the device. T is
+        # Hard patches leave; what stays is packed: (T, D_decoder). T is the one number that a GPU is waited for. It is
         # filled up to a multiple of 64, as by one more image: a CPU prepares its kernels anew for every new T.
         enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
-        lengths = enters.sum(dim=1).tolist()
-        number, fill = sum(lengths), 64 - sum(lengths) % 64
+        number = enters.sum().item()
+        fill = 64 - number % 64
+        lengths = F.pad(enters.sum(dim=1), (0, 1), value=fill)                           # (N + 1,)
         tokens = F.pad(true_entries(enters, number), (0, fill), value=self.num_patches)
+        inside = torch.arange(max(64, enters.shape[1]), device=x.device) < lengths[:, None]
+        slots = true_entries(inside, number + fill)
+
         x = x.flatten(0, 1).index_select(0, tokens)
         for block in self.decoder_blocks:
             qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)
-            attended = ragged_attention(*qkv.contiguous(), [*lengths, fill], loop=x.device.type == "cpu")
-            x = x + block.attn.proj(attended.transpose(0, 1).flatten(1))
+            qkv = qkv.contiguous()                                      # (3, heads, T, d)
+            x_attn = attention_by_image(*qkv, lengths) if x.is_cpu else attention_padded(*qkv, inside, slots)
+            x = x + block.attn.proj(x_attn.transpose(0, 1).flatten(1))
             x = x + block.mlp(block.norm2(x))
 
         first = 1 if predict_all else latent.shape[1]                   # of each image's predicted tokens
@@ -434,8 +444,9 @@ def load_checkpoint(path, args, model, optimizer, scaler):
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
-    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
-               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
+    changed = [f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)]
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
                          f"another --output_dir for a new run, or --no_resume to start over")

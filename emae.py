@@ -13,8 +13,8 @@ Chosen where the paper is silent:
 - ‖·‖ in Eq. 10 is the mean absolute error over the pixels and patches of s_ij (Section 3.2.2: "mean absolute error"),
   between the decoder's outputs as they are, in float32; an image's loss is the mean over its pairs i < j.
 - Patches are embedded once for all parts, since each is visible in exactly one.
-- K is the mask ratio, (K - 1) / K, so there is no --mask_ratio. 300 epochs by default, the paper's main comparison (800
-  for its best). The rest is as in mae.py.
+- K sets the mask ratio, (K - 1) / K, so there is no --mask_ratio. The default is 300 epochs, as in the paper's main
+  comparison (800 for its best). The rest is as in mae.py.
 - --consistency_weight 0 is Table 5's "+ whole data utilization". Nothing of the paper is left out.
 
     python emae.py --demo                                               # a CPU, 2 cores: three minutes
@@ -45,7 +45,7 @@ from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normaliz
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
-DEMO.update(epochs=10, warmup_epochs=1)  # EMAE: an epoch does the work of four
+DEMO.update(epochs=10, warmup_epochs=1, consistency_weight=0.1)  # EMAE: see "Measured"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,13 +65,13 @@ def get_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
     model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=int, default=16)
     model.add_argument("--parts", type=int, default=4, help="K: each sees 1/K of the patches (Eq. 4)")  # EMAE
-    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="standardise each patch")
 
-    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim = parser.add_argument_group("optimisation (MAE's Table 8)")
     optim.add_argument("--epochs", type=int, default=800)
     optim.add_argument("--warmup_epochs", type=float, default=40)
     optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
@@ -112,12 +112,13 @@ def get_args(argv=None):
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
         (args.parts >= 2 and num_patches % args.parts == 0,  # EMAE: Eq. 4
          f"--parts {args.parts} must be at least 2 and divide the {num_patches} patches"),  # EMAE: Eq. 4
-        (args.consistency_weight == 0 or args.consistency_weight > 0 and args.parts > 2,  # EMAE: Eq. 9
+        (args.consistency_weight == 0 or 0 < args.consistency_weight < math.inf and args.parts > 2,  # EMAE: Eq. 9
          "--consistency_weight must be at least 0, and 0 with --parts 2: none is removed in both"),  # EMAE: Eq. 9
         (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
         (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (0 < args.blr < math.inf and 0 <= args.weight_decay < math.inf,
+         "--blr must be above 0, --weight_decay at least 0"),
         (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
          "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
     ):
@@ -150,9 +151,8 @@ def random_masking(noise, parts):
     """
     ids = noise.argsort(dim=1)                                                           # Eq. 3
     ids_keep = ids.unflatten(1, (parts, -1))                                             # Eq. 4: (N, K, L/K)
-    others = [[other for other in range(parts) if other != part] for part in range(parts)]
-    ids_remove = ids_keep[:, others]                                                     # Eq. 6: (N, K, K - 1, L/K)
-    return ids_keep.flatten(0, 1), ids_remove.flatten(2).flatten(0, 1)
+    ids_remove = [torch.cat([ids_keep[:, :part], ids_keep[:, part + 1:]], dim=1).flatten(1) for part in range(parts)]
+    return ids_keep.flatten(0, 1), torch.stack(ids_remove, dim=1).flatten(0, 1)          # Eq. 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ class EMAE(ViT):
                  decoder_depth=8, decoder_num_heads=16, norm_pix=True, parts=4, consistency_weight=1.0):
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
-        if self.num_patches % parts:
-            raise InputError(f"{self.num_patches} patches cannot be cut into {parts} equal parts")
+        if self.num_patches % parts or parts < (3 if consistency_weight else 2):
+            raise InputError(f"{self.num_patches} patches cannot be cut into {parts} parts, two of which overlap")
         self.norm_pix = norm_pix
         self.parts = parts
         self.consistency_weight = consistency_weight
@@ -225,8 +225,9 @@ class EMAE(ViT):
         losses = []                                                     # pred: (N, K, K - 1, L/K, P·P·3)
         for i, j in itertools.combinations(range(self.parts), 2):
             both = [part for part in range(self.parts) if part not in (i, j)]            # s_ij, Eq. 9
-            p_i = pred[:, i, [part - (part > i) for part in both]]      # the list of what i predicts lacks i itself
-            p_j = pred[:, j, [part - (part > j) for part in both]]
+            # What i predicts is a list of all parts but i; stacked, not indexed, since a GPU waits for an index
+            p_i = torch.stack([pred[:, i, part - (part > i)] for part in both])
+            p_j = torch.stack([pred[:, j, part - (part > j)] for part in both])
             losses.append(((p_i.detach() - p_j).abs() + (p_i - p_j.detach()).abs()).mean())      # Eq. 10
         return torch.stack(losses).mean()                                                # Eq. 11
 
@@ -347,8 +348,9 @@ def load_checkpoint(path, args, model, optimizer, scaler):
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
-    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
-               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
+    changed = [f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)]
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
                          f"another --output_dir for a new run, or --no_resume to start over")

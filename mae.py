@@ -64,13 +64,13 @@ def get_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
     model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=int, default=16)
-    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
-    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="standardise each patch")
 
-    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim = parser.add_argument_group("optimisation (MAE's Table 8)")
     optim.add_argument("--epochs", type=int, default=800)
     optim.add_argument("--warmup_epochs", type=float, default=40)
     optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
@@ -104,12 +104,13 @@ def get_args(argv=None):
     for right, advice in (
         (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+        (0 < args.mask_ratio < 1 and 0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
          f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
         (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
         (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (0 < args.blr < math.inf and 0 <= args.weight_decay < math.inf,
+         "--blr must be above 0, --weight_decay at least 0"),
         (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
          "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
     ):
@@ -138,7 +139,7 @@ def random_masking(noise, mask_ratio):
     """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
 
     Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
-    rounding. Source: Section 3, "Simple implementation".
+    rounding. Source: MAE, Section 3, "Simple implementation".
     """
     len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
     return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
@@ -307,8 +308,9 @@ def load_checkpoint(path, args, model, optimizer, scaler):
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
-    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
-               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
+    changed = [f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)]
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
                          f"another --output_dir for a new run, or --no_resume to start over")

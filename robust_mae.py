@@ -12,12 +12,12 @@ Against mae.py: the decoder's blocks have dropout, targets pass through `inter_p
 Chosen where the paper is silent:
 - Eq. 3's statistics are those of epoch 0's training crops, which the seed decides, of pixels in [0, 1]; they are summed
   in integers, so that they don't depend on how processes share the images, and are kept in the checkpoint. ε is 1e-6.
-- --target none leaves pixels in [0, 1], rgb standardises channels by ImageNet's statistics, as MAE does: with rgb and
-  --drop_edge 0 this is mae.py. The encoder sees RGB-normalised pixels whatever the target. --no-norm_pix omits Eq. 2.
-- The variance of Eq. 2 is the unbiased one + 1e-6, as in mae.py.
-- Mid-level: --mid_ratio 0.25 gives 49 of the 147 removed patches, the first after the visible ones in shuffled order, a
-  token of their own + position before block 8 of 12 (two thirds of the depth elsewhere). They pass through
-  decoder_embed as the visible ones do, the other 98 get the usual mask token; the loss stays on all 147.
+- --target none leaves pixels in [0, 1], rgb standardises channels by ImageNet's statistics, as MAE does: with rgb,
+  --drop_edge 0 and --crop_scale 0.2 1 this is mae.py. The encoder sees RGB-normalised pixels whatever the target.
+  --no-norm_pix omits Eq. 2, whose variance is the unbiased one + 1e-6, as in mae.py.
+- Mid-level (Section 3.4): --mid_ratio 0.25 gives 49 of the 147 removed patches, the first after the visible ones in
+  shuffled order, a token of their own + position before block 8 of 12 (two thirds of the depth elsewhere). They pass
+  through decoder_embed as the visible ones do, the other 98 get the usual mask token; the loss stays on all 147.
 - RandomResizedCrop scale (0.5, 1) up to ViT-B, as the paper has it for ViT-B, and MAE's (0.2, 1) above. 800 epochs.
 
     python robust_mae.py --demo                                               # a CPU, 2 cores: two minutes
@@ -67,13 +67,13 @@ def get_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
     model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=int, default=16)
-    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
-    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="per patch (Table 1d)")
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed")
+    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="standardise each patch")
 
-    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim = parser.add_argument_group("optimisation (MAE's Table 8)")
     optim.add_argument("--epochs", type=int, default=800)
     optim.add_argument("--warmup_epochs", type=float, default=40)
     optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
@@ -92,11 +92,11 @@ def get_args(argv=None):
     run.add_argument("--demo", action="store_true", help="small everything, on images drawn by the loader")
 
     method = parser.add_argument_group("Robust MAE")  # Robust
-    method.add_argument("--drop_edge", type=float, default=0.3, help="attention dropout (Section 2.1)")  # Robust
+    method.add_argument("--drop_edge", type=float, default=0.3, help="attention dropout (Sections 2.1, 3.1)")  # Robust
     method.add_argument("--target", choices=["none", "rgb", "patch"], default="patch",  # Robust
                         help="what pixels are normalised by before --norm_pix (Table 1, Eq. 3)")  # Robust
     method.add_argument("--mid_ratio", type=float, default=0.0,  # Robust
-                        help="mid-level mask tokens' share of all patches (Section 2.3 has 0.25)")  # Robust
+                        help="mid-level mask tokens' share of all patches (Section 3.4 has 0.25)")  # Robust
     method.add_argument("--mid_depth", type=int, help="encoder block they enter before (default: two thirds)")  # Robust
     parser.set_defaults(crop_scale=None)  # Robust: (0.5, 1) or (0.2, 1), by the model, see below
 
@@ -118,17 +118,18 @@ def get_args(argv=None):
     for right, advice in (
         (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+        (0 < args.mask_ratio < 1 and 0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
          f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
         (0 <= args.drop_edge < 1, "--drop_edge must be at least 0 and below 1"),  # Robust: Section 2.1
-        (0 <= args.mid_ratio <= args.mask_ratio,  # Robust: Section 2.3
-         f"--mid_ratio {args.mid_ratio} must be from 0 to --mask_ratio {args.mask_ratio}"),  # Robust: Section 2.3
+        (args.mid_ratio == 0 or 1 / num_patches <= args.mid_ratio <= args.mask_ratio,  # Robust: Section 2.3
+         f"--mid_ratio must be 0, or from one patch, 1/{num_patches}, to --mask_ratio"),  # Robust: Section 2.3
         (args.mid_depth is None or args.mid_ratio > 0 and 0 <= args.mid_depth < size["depth"],  # Robust: Section 2.3
          f"--mid_depth needs --mid_ratio, and is from 0 to {size['depth'] - 1} in {args.model}"),  # Robust: Section 2.3
         (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
         (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (0 < args.blr < math.inf and 0 <= args.weight_decay < math.inf,
+         "--blr must be above 0, --weight_decay at least 0"),
         (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
          "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
     ):
@@ -157,7 +158,7 @@ def random_masking(noise, mask_ratio):
     """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
 
     Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
-    rounding. Source: Section 3, "Simple implementation".
+    rounding. Source: MAE, Section 3, "Simple implementation".
     """
     len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
     return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
@@ -381,8 +382,9 @@ def load_checkpoint(path, args, model, optimizer, scaler):
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
-    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
-               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
+    changed = [f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)]
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
                          f"another --output_dir for a new run, or --no_resume to start over")

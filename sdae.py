@@ -52,6 +52,7 @@ from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normaliz
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
+DEMO.update(mask_ratio=0.5, drop_path=0.0)  # SdAE: see "Measured"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,13 +72,13 @@ def get_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
     model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (Table 1b)")
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (Table 1a)")
+    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=int, default=16)
-    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed (Figure 5)")
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed")
     model.add_argument("--teacher_norm", action=argparse.BooleanOptionalAction, default=True, help="Eq. 3")  # SdAE
 
-    optim = parser.add_argument_group("optimisation (Table 8)")
+    optim = parser.add_argument_group("optimisation (MAE's Table 8)")
     optim.add_argument("--epochs", type=int, default=800)
     optim.add_argument("--warmup_epochs", type=float, default=40)
     optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
@@ -124,25 +125,28 @@ def get_args(argv=None):
     args.folds = 3 if args.folds is None else args.folds  # SdAE: Appendix A.1
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
-    removed = num_patches - int(num_patches * (1 - args.mask_ratio) + 1e-6)  # SdAE: Section 2.2
+    removed = num_patches - int(num_patches * (1 - min(1, max(0, args.mask_ratio))) + 1e-6)  # SdAE: Section 2.2
+    fold_size = removed // args.folds if args.folds > 0 else 0  # SdAE: Section 2.2
+    least = 2 if args.cosine_over == "tokens" else 1  # SdAE: Eq. 4, a cosine of one number is ±1
     check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
     check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
     shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
     for right, advice in (
         (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+        (0 < args.mask_ratio < 1 and 0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
          f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
-        (1 <= args.folds <= removed or args.teacher_input != "folds",  # SdAE: Section 2.2
-         f"--folds {args.folds} must be from 1 to the removed patches, {removed}"),  # SdAE: Section 2.2
-        (args.teacher_tokens is None or 1 <= args.teacher_tokens <= removed,  # SdAE: Section 4.3
-         f"--teacher_tokens {args.teacher_tokens} must be from 1 to the removed patches, {removed}"),  # SdAE
+        (fold_size >= least or args.teacher_input != "folds",  # SdAE: Section 2.2
+         f"--folds {args.folds} of {removed} removed patches: a fold must have {least} or more"),  # SdAE: Section 2.2
+        (least <= (args.teacher_tokens or removed // 3) <= removed or args.teacher_input != "crop",  # SdAE: Section 4.3
+         f"--teacher_tokens must be from {least} to the number of removed patches, {removed}"),  # SdAE: Section 4.3
         (0 <= args.momentum[0] <= args.momentum[1] < 1, "--momentum takes two: 0 ≤ from ≤ to < 1"),  # SdAE: Eq. 7
         (0 <= args.drop_path < 1, "--drop_path must be at least 0 and below 1"),  # SdAE: Appendix A.1
         (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
          f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
         (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (args.blr > 0 and args.weight_decay >= 0, "--blr must be above 0, --weight_decay at least 0"),
+        (0 < args.blr < math.inf and 0 <= args.weight_decay < math.inf,
+         "--blr must be above 0, --weight_decay at least 0"),
         (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
          "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
     ):
@@ -171,7 +175,7 @@ def random_masking(noise, mask_ratio):
     """Sorts the patches of each image by their noise (N, L): the first int(L·(1 - mask_ratio)) stay visible.
 
     Returns ids_keep (N, keep) and ids_remove (N, L - keep). The 1e-6 keeps a ratio such as 13/14 from losing a patch to
-    rounding. Source: Section 3, "Simple implementation".
+    rounding. Source: MAE, Section 3, "Simple implementation".
     """
     len_keep = int(noise.shape[1] * (1 - mask_ratio) + 1e-6)
     return noise.argsort(dim=1).tensor_split([len_keep], dim=1)
@@ -307,10 +311,11 @@ class SdAE(ViT):
             grid = torch.zeros(len(imgs), self.num_patches, 3).scatter(1, ids.expand(-1, -1, 3), colours)
             return F.interpolate(grid.transpose(1, 2).unflatten(2, self.grid_size), scale_factor=self.patch_size)
 
-        cosine = F.cosine_similarity(target, pred, dim=2).clamp(min=0)                   # (N, t·n)
+        cosine = F.cosine_similarity(target, pred, dim=2).clamp(min=0)                   # (N, t·n), of each token
         mean = target.mean(dim=(0, 1))
-        _, size, axes = torch.linalg.svd((target - mean).flatten(0, 1), full_matrices=False)
-        axes = axes[:3].T / (4 * size[:3]) * math.prod(ids.shape) ** 0.5                 # ± 2 standard deviations
+        _, axes = torch.linalg.eigh((target - mean).flatten(0, 1).T.cov())               # of rising variance: (D, D)
+        axes = axes[:, -3:].flip(1)
+        axes = axes / (4 * ((target - mean) @ axes).std(dim=(0, 1)) + 1e-6)              # ± 2 standard deviations
         masked = unpatchify(patches * (1 - mask[:, :, None].to(imgs.device)), self.patch_size, self.grid_size)
         return [normalize.inverse(imgs), normalize.inverse(masked),
                 paint(torch.stack([1 - cosine, cosine, torch.zeros_like(cosine)], dim=2)),
@@ -399,8 +404,9 @@ def load_checkpoint(path, args, model, optimizer, scaler):
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
-    changed = [f"--{name} {checkpoint['args'].get(name)} there, {value} here" for name, value in vars(args).items()
-               if name not in elsewhere and checkpoint["args"].get(name) != value]
+    there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
+    changed = [f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)]
     if changed:
         raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
                          f"another --output_dir for a new run, or --no_resume to start over")

@@ -14,6 +14,7 @@ import math
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -515,7 +516,7 @@ def visible_points(keep, columns, P):
 
 
 @pytest.mark.parametrize(
-    "grid, P, ratio", [((14, 14), 16, 0.85), ((8, 8), 4, 0.9), ((5, 9), 7, 0.75), ((3, 3), 2, 0.9)]
+    "grid, P, ratio", [((14, 14), 16, 0.85), ((1, 512), 2, 0.98), ((8, 8), 4, 0.9), ((5, 9), 7, 0.75), ((3, 3), 2, 0.9)]
 )
 def test_p2dist_is_algorithm_1(grid, P, ratio):
     L = grid[0] * grid[1]
@@ -650,8 +651,13 @@ def test_ragged_attention_two_ways():
     )
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad((expected * upstream).sum(), [q, k, v])
-    for loop in (True, False):
-        ours = efficient_mae.ragged_attention(q, k, v, lengths, loop)
+    inside = torch.arange(12) < torch.tensor(lengths)[:, None]
+    slots = inside.flatten().nonzero()[:, 0]
+    assert torch.equal(efficient_mae.true_entries(inside, sum(lengths)), slots)
+    for ours in (
+        efficient_mae.attention_by_image(q, k, v, torch.tensor(lengths)),
+        efficient_mae.attention_padded(q, k, v, inside, slots),
+    ):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
         for a, b in zip(torch.autograd.grad((ours * upstream).sum(), [q, k, v]), gradients):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -929,7 +935,7 @@ def test_multiply_adds_of_efficient_mae(name, paper):
     masks = mae.random_masking(torch.rand(300, N), 0.85)
     distance = efficient_mae.p2dist_approximate(*masks, (224 // P, 224 // P), P)
     easy = (distance <= 26 * P / 16).sum(1).double().mean().item()
-    assert efficient_multiply_adds(size, easy) / 1e9 == pytest.approx(paper, rel=0.02)
+    assert efficient_multiply_adds(size, easy) / 1e9 == pytest.approx(paper, rel=0.01)
 
 
 def test_multiply_adds_of_efficient_maes_code():
@@ -968,9 +974,9 @@ def test_multiply_adds_of_emae_and_sdae():
 OWN = {
     "emae": ("EMAE", "random_masking build_model Model Model.__init__ Model.forward_encoder Model.forward_loss "
              "Model.forward_consistency Model.forward Model.reconstruct Model.picture"),
-    "efficient_mae": ("Efficient", "p2dist_approximate p2dist_exact ragged_attention true_entries build_model Model "
-                      "Model.__init__ Model.decoder_masking Model.forward_decoder Model.forward_loss Model.forward "
-                      "Model.reconstruct Model.picture"),
+    "efficient_mae": ("Efficient", "p2dist_approximate p2dist_exact attention_by_image attention_padded true_entries "
+                      "build_model Model Model.__init__ Model.decoder_masking Model.forward_decoder Model.forward_loss "
+                      "Model.forward Model.reconstruct Model.picture"),
     "robust_mae": ("Robust", "patch_statistics build_model Model Model.__init__ Model.initialize_weights "
                    "Model.forward_encoder Model.inter_patch_norm Model.undo_inter_patch_norm Model.forward_loss "
                    "Model.forward Model.reconstruct Model.picture"),
@@ -1010,8 +1016,7 @@ def untagged_changes(theirs, ours, tag):
             continue
         added = [line for line in ours[k:n] if line.strip()]
         wrong += [line for line in added if not re.search(rf"  # {tag}(:|$)", line)]
-        if not added:
-            wrong += theirs[i:j]
+        wrong += theirs[i : j - len(added)] if len(added) < j - i else []
     return wrong
 
 
@@ -1047,6 +1052,7 @@ def test_the_guard_sees():
     assert differing(step, step + "        model.update()  # EMAE: Eq. 7\n") == ["main"]
     assert differing(step, "        optimizer.zero_grad()  # SdAE: none\n") == []
     assert differing(step, "") == ["main"]
+    assert differing("        scaler.update()\n" + step, "        model.update()  # SdAE: Eq. 7\n") == ["main"]
     assert differing("# The end of an epoch: log", "# An epoch's end: log") == ["main"]
     assert differing("betas=(0.9, 0.95)", "betas=(0.9, 0.999)") == ["main"]
     assert differing("    x = imgs.reshape(N, C, H", "    x = imgs.reshape(N, C,  H") == ["patchify"]
@@ -1564,19 +1570,30 @@ def test_bad_arguments(folder, tmp_path, arguments, message):
         ("emae", ["--parts", "2"], "--consistency_weight"),
         ("emae", ["--consistency_weight", "-1"], "--consistency_weight"),
         ("efficient_mae", ["--gamma", "-0.1"], "--gamma"),
+        ("efficient_mae", ["--gamma", "inf"], "--gamma"),
+        ("efficient_mae", ["--beta", "1.9"], "--beta must be at least 2"),
         ("efficient_mae", ["--beta", "0"], "--beta"),
         ("efficient_mae", ["--beta", "nan"], "--beta"),
         ("efficient_mae", ["--mask_ratio", "0.95"], "keep and remove at least one"),
         ("efficient_mae", ["--img_size", "8", "--patch_size", "1"], "--patch_size must be at least 2"),
         ("robust_mae", ["--drop_edge", "1"], "--drop_edge"),
-        ("robust_mae", ["--mid_ratio", "0.8"], "--mid_ratio 0.8 must be from 0 to --mask_ratio 0.75"),
+        ("robust_mae", ["--mid_ratio", "0.8"], "--mid_ratio must be 0, or from one patch, 1/16"),
+        ("robust_mae", ["--mid_ratio", "0.01"], "--mid_ratio must be 0, or from one patch, 1/16"),
+        ("robust_mae", ["--mid_ratio", "nan"], "--mid_ratio must be 0, or from one patch, 1/16"),
         ("robust_mae", ["--mid_ratio", "0.25", "--mid_depth", "4"], "from 0 to 3 in vit_micro"),
         ("robust_mae", ["--mid_depth", "2"], "--mid_depth needs --mid_ratio"),
-        ("sdae", ["--folds", "13"], "--folds 13 must be from 1 to the removed patches, 12"),
-        ("sdae", ["--folds", "0"], "--folds 0 must"),
+        ("sdae", ["--folds", "13"], "--folds 13 of 12 removed patches: a fold must have 2 or more"),
+        ("sdae", ["--folds", "0"], "--folds 0 of 12"),
+        ("sdae", ["--folds", "12"], "--folds 12 of 12"),
+        ("sdae", ["--mask_ratio", "nan"], "keep and remove at least one"),
+        ("sdae", ["--teacher_input", "crop", "--teacher_tokens", "1"], "--teacher_tokens must be from 2"),
         ("sdae", ["--folds", "2", "--teacher_input", "full"], "--folds needs --teacher_input folds"),
         ("sdae", ["--teacher_tokens", "5"], "--teacher_tokens needs --teacher_input crop"),
-        ("sdae", ["--teacher_input", "crop", "--teacher_tokens", "13"], "--teacher_tokens 13 must"),
+        (
+            "sdae",
+            ["--teacher_input", "crop", "--teacher_tokens", "13"],
+            "--teacher_tokens must be from 2 to the number of removed patches, 12",
+        ),
         ("sdae", ["--momentum", "0.99", "0.9"], "--momentum"),
         ("sdae", ["--drop_path", "1"], "--drop_path"),
         ("sdae", ["--mask_ratio", "0.99"], "keep and remove at least one"),
@@ -1590,10 +1607,35 @@ def test_bad_arguments_of_the_four(name, arguments, message):
 
 def test_flags_that_a_method_has_not():
     """No flag does nothing: EMAE's parts are its mask ratio, SdAE has no pixels to normalise."""
-    for name, flag in (("emae", "--mask_ratio"), ("sdae", "--norm_pix"), ("mae", "--parts")):
+    for name, arguments in (("emae", ["--mask_ratio", "0.75"]), ("sdae", ["--norm_pix"])):
+        mae.get_args(["--data", "x", *arguments])
         with pytest.raises(SystemExit) as stop:
-            SCRIPTS[name].get_args(["--data", "x", flag, "1"])
+            SCRIPTS[name].get_args(["--data", "x", *arguments])
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_method_refuses_anothers_checkpoint(name, run_of, folder, tmp_path):
+    """By its arguments, whichever they are: in an output folder that two scripts are pointed at."""
+    for other in SCRIPTS.keys() - {name}:
+        output = tmp_path / other
+        shutil.copytree(run_of(other), output)
+        with pytest.raises(InputError, match="is of another run"):
+            SCRIPTS[name].main(SCRIPTS[name].get_args(small_args(folder, output)))
+
+
+def test_efficient_mae_compiles_once(monkeypatch):
+    """Masks and their numbers of patches differ from batch to batch; after the second there is nothing to compile."""
+    model = shake(efficient_mae.EfficientMAE(**{**TINY, "img_size": 64}, **TINY_DECODER)).train()
+    batches = [(torch.randn(6, 3, 64, 64), torch.rand(6, 64)) for _ in range(5)]
+    expected = [model(*batch)[0] for batch in batches]
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    graphs = []
+    for batch, loss in zip(batches, expected):
+        torch.testing.assert_close(model(*batch)[0], loss)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[4], graphs
 
 
 @pytest.mark.parametrize(

@@ -399,16 +399,16 @@ def main(args):
     start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
     if args.compile:
         model.compile()
-    net = DistributedDataParallel(model) if world_size > 1 else model
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
     batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
 
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         if start == 0:
             start_over(output)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M parameters, {len(source)} images, "
-              f"{device.type}, amp {str(dtype).removeprefix('torch.')}\n"
+        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M trained parameters, {len(source)} images"
+              f", {device.type}, amp {str(dtype).removeprefix('torch.')}\n"
               f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
               f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
               f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}\n"

@@ -21,7 +21,9 @@ Chosen where the paper is silent:
     python emae.py --data my_images --batch_size 256 --accum_iter 8     # one GPU
     torchrun --nproc_per_node 8 emae.py --data imagenet --accum_iter 16 # the paper's recipe, ViT-B, 300 epochs
 
-Measured: not yet run.
+Measured: on `shapes`, after --demo, a linear probe gets 51.4 % (random weights 26.4; mean of three seeds). The demo's
+consistency weight is 0.1: with the paper's 1 so short a run learns next to nothing (29.4 %). @cifar@ ImageNet and
+GPUs: not run (the paper: 83.8 % fine-tuned, 68.2 % linear, ViT-B, 300 epochs).
 """
 import argparse
 import itertools  # EMAE: pairs of parts

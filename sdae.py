@@ -29,7 +29,10 @@ Chosen where the paper is silent, or the released code differs:
     python sdae.py --data my_images --batch_size 256 --accum_iter 2     # one GPU
     torchrun --nproc_per_node 8 sdae.py --data imagenet                 # the paper's recipe, ViT-B, 300 epochs
 
-Measured: not yet run.
+Measured: on `shapes`, after --demo, a linear probe gets 48.6 % (random weights 26.4; mean of three seeds). The demo
+removes half of the patches, without drop path: at the paper's settings so short a run learns next to nothing (32.5 %),
+since an untrained teacher says much the same of every patch. @cifar@ ImageNet and GPUs: not run (the paper: 84.1 %
+fine-tuned, 64.9 % linear, ViT-B, 300 epochs).
 """
 import argparse
 import json
@@ -297,8 +300,8 @@ class SdAE(ViT):
     @torch.no_grad()
     def picture(self, imgs, normalize):
         """Rows of a picture, (N, 3, H, W) in [0, 1]: original; masked; each patch's cosine of target and prediction
-        (over features, whatever the loss) from red, 0 or less, to green, 1; the teacher's features and the prediction
-        as the former's first three principal components in colour. Patches without a target are black."""
+        (over features, whatever the loss) from red, the picture's lowest, to green, 1; the teacher's features and the
+        prediction as the former's first three principal components in colour. Patches without a target are black."""
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
         ids_remove = random_masking(noise, self.mask_ratio)[1]
         patches = patchify(imgs, self.patch_size)
@@ -312,14 +315,15 @@ class SdAE(ViT):
             grid = torch.zeros(len(imgs), self.num_patches, 3).scatter(1, ids.expand(-1, -1, 3), colours)
             return F.interpolate(grid.transpose(1, 2).unflatten(2, self.grid_size), scale_factor=self.patch_size)
 
-        cosine = F.cosine_similarity(target, pred, dim=2).clamp(min=0)                   # (N, t·n), of each token
+        error = 1 - F.cosine_similarity(target, pred, dim=2)                             # (N, t·n), of each token
+        error = error / error.max().clamp(min=1e-6)
         mean = target.mean(dim=(0, 1))
         _, axes = torch.linalg.eigh((target - mean).flatten(0, 1).T.cov())               # of rising variance: (D, D)
         axes = axes[:, -3:].flip(1)
         axes = axes / (4 * ((target - mean) @ axes).std(dim=(0, 1)) + 1e-6)              # ± 2 standard deviations
         masked = unpatchify(patches * (1 - mask[:, :, None].to(imgs.device)), self.patch_size, self.grid_size)
         return [normalize.inverse(imgs), normalize.inverse(masked),
-                paint(torch.stack([1 - cosine, cosine, torch.zeros_like(cosine)], dim=2)),
+                paint(torch.stack([error, 1 - error, torch.zeros_like(error)], dim=2)),
                 *(paint(0.5 + (features - mean) @ axes) for features in (target, pred))]
 
 

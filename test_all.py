@@ -826,6 +826,8 @@ def test_sdae_folds_do_not_see_each_other():
     ids_keep, ids_remove = mae.random_masking(noise, 0.75)
     before = model.forward_teacher(patches, ids_remove)
     assert before.shape == (1, 12, 48)
+    torch.testing.assert_close(before.mean(2), torch.zeros(1, 12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(before.var(2, unbiased=True), torch.ones(1, 12), atol=1e-3, rtol=0)  # Eq. 3
     for fold in range(3):
         other = patches.clone()
         other[0, ids_remove[0, 4 * fold + 1]] += 1
@@ -1050,14 +1052,18 @@ def blocks_of(source):
 
 
 def untagged_changes(theirs, ours, tag):
-    """Lines of a shared block that differ from mae.py's and are neither tagged additions nor replaced by them."""
+    """Lines of a shared block that differ from mae.py's and are neither tagged additions nor replaced by tagged lines
+    that resemble them (a line lost where another is added is a lost line)."""
     wrong = []
     for kind, i, j, k, n in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
         if kind == "equal":
             continue
         added = [line for line in ours[k:n] if line.strip()]
         wrong += [line for line in added if not re.search(rf"  # {tag}(:|$)", line)]
-        wrong += theirs[i : j - len(added)] if len(added) < j - i else []
+        for lost in theirs[i:j]:
+            likeness = [difflib.SequenceMatcher(None, lost, line).ratio() for line in added]
+            if max(likeness, default=0) < 0.4:
+                wrong.append(lost)
     return wrong
 
 
@@ -1093,7 +1099,8 @@ def test_the_guard_sees():
     assert differing(step, step + "        model.update()  # EMAE: Eq. 7\n") == ["main"]
     assert differing(step, "        optimizer.zero_grad()  # SdAE: none\n") == []
     assert differing(step, "") == ["main"]
-    assert differing("        scaler.update()\n" + step, "        model.update()  # SdAE: Eq. 7\n") == ["main"]
+    assert differing(step, "        model.follow(momentum(step, steps_per_epoch, args))  # SdAE: Eq. 7\n") == ["main"]
+    assert differing("        scaler.update()\n" + step, "        model.follow(momentum)  # SdAE: Eq. 7\n") == ["main"]
     assert differing("# The end of an epoch: log", "# An epoch's end: log") == ["main"]
     assert differing("betas=(0.9, 0.95)", "betas=(0.9, 0.999)") == ["main"]
     assert differing("    x = imgs.reshape(N, C, H", "    x = imgs.reshape(N, C,  H") == ["patchify"]
@@ -1665,6 +1672,13 @@ def test_a_method_refuses_anothers_checkpoint(name, run_of, folder, tmp_path):
             SCRIPTS[name].main(SCRIPTS[name].get_args(small_args(folder, output)))
 
 
+def test_a_checkpoint_with_arguments_unknown_here_is_refused(tmp_path):
+    args = mae.get_args(small_args("x", tmp_path))
+    torch.save({"args": {**vars(args), "drop_edge": 0.3}}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="--drop_edge 0.3 there, unknown here"):
+        mae.load_checkpoint(tmp_path / "last.pt", args, None, None, None)
+
+
 def test_efficient_mae_compiles_once(monkeypatch):
     """Masks and their numbers of patches differ from batch to batch; after the second there is nothing to compile."""
     model = shake(efficient_mae.EfficientMAE(**{**TINY, "img_size": 64}, **TINY_DECODER)).train()
@@ -2195,6 +2209,24 @@ def test_demo_as_a_command(tmp_path):
         assert result["images"] == 2000 and (tmp_path / "mae" / mode / "result.json").exists()
         if mode == "linear":
             assert result["top1"] > 36  # 46 here; random weights get 26
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_demo_of_the_four(name, tmp_path):
+    """One epoch of each script's --demo, as a command: it runs, says what it does, and its loss falls."""
+    done = script(f"{name}.py", "--demo", "--epochs", "1", "--warmup_epochs", "0.1", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "effective batch 64" in done.stdout and "Next: python finetune.py" in done.stdout
+    first = SCRIPTS[name].build_model(SCRIPTS[name].get_args(["--demo"]))
+    crops = common.Crops(common.Shapes("val"), common.train_transform(32, (0.5, 1.0)))
+    imgs = common.Normalize()(torch.stack([crops[0, i][0] for i in range(64)]))
+    trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    if name == "robust_mae":  # the same targets for both
+        first.patch_mean.copy_(trained["patch_mean"]), first.patch_var.copy_(trained["patch_var"])
+    losses = [first.eval()(imgs)[0].item()]
+    first.load_state_dict(trained)
+    losses.append(first(imgs)[0].item())
+    assert losses[1] < 0.7 * losses[0]
 
 
 def test_two_processes(folder, tmp_path):

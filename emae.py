@@ -17,13 +17,14 @@ Chosen where the paper is silent:
   comparison (800 for its best). The rest is as in mae.py.
 - --consistency_weight 0 is Table 5's "+ whole data utilization". Nothing of the paper is left out.
 
-    python emae.py --demo                                               # a CPU, 2 cores: three minutes
+    python emae.py --demo                                               # one CPU core: three minutes
     python emae.py --data my_images --batch_size 256 --accum_iter 8     # one GPU
     torchrun --nproc_per_node 8 emae.py --data imagenet --accum_iter 16 # the paper's recipe, ViT-B, 300 epochs
 
 Measured: on `shapes`, after --demo, a linear probe gets 51.4 % (random weights 26.4; mean of three seeds). The demo's
-consistency weight is 0.1: with the paper's 1 so short a run learns next to nothing (29.4 %). @cifar@ ImageNet and
-GPUs: not run (the paper: 83.8 % fine-tuned, 68.2 % linear, ViT-B, 300 epochs).
+consistency weight is 0.1: with the paper's 1 so short a run learns next to nothing (29.4 %, seed 0). On CIFAR-10, 5
+epochs, k-NN 48.6 % (random weights 32.7). ImageNet and GPUs: not run (the paper: 83.8 % fine-tuned, 68.2 % linear,
+ViT-B, 300 epochs).
 """
 import argparse
 import itertools  # EMAE: pairs of parts
@@ -212,7 +213,7 @@ class EMAE(ViT):
 
     def forward_loss(self, patches, pred, ids_remove):
         """Eq. 8: MAE's loss, the mean over the parts; patches (N, L, P·P·3), pred (N·K, L - L/K, P·P·3)."""
-        target = patches
+        target = patches                                                # standardised once for all parts
         if self.norm_pix:
             target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
         target = target.take_along_dim(ids_remove.reshape(len(patches), -1, 1), dim=1)
@@ -223,8 +224,9 @@ class EMAE(ViT):
 
         The stop-gradients (sg) double the value and leave the gradient that of |p_i - p_j|: each term moves one side.
         """
-        pred = pred.float().unflatten(0, (-1, self.parts)).unflatten(2, (self.parts - 1, -1))
-        losses = []                                                     # pred: (N, K, K - 1, L/K, P·P·3)
+        pred = pred.float().unflatten(0, (-1, self.parts))                               # (N, K, L - L/K, P·P·3)
+        pred = pred.unflatten(2, (self.parts - 1, -1))                                   # (N, K, K - 1, L/K, P·P·3)
+        losses = []
         for i, j in itertools.combinations(range(self.parts), 2):
             both = [part for part in range(self.parts) if part not in (i, j)]            # s_ij, Eq. 9
             # What i predicts is a list of all parts but i; stacked, not indexed, since a GPU waits for an index

@@ -2,7 +2,7 @@
 
 Three models interleaved, a new mask each round: Efficient MAE with β = 26, with β = inf (nothing is dropped), and MAE.
 Prints medians of the rounds' times and ratios, and the share of the difficulty with its selection.
-    python results/decoder_masking.py [images] [rounds] [bf16 or fp32]
+    python results/decoder_masking.py IMAGES ROUNDS bf16|fp32
 """
 import math
 import sys

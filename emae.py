@@ -15,7 +15,7 @@ Chosen where the paper is silent:
 - Patches are embedded once for all parts, since each is visible in exactly one.
 - K sets the mask ratio, (K - 1) / K, so there is no --mask_ratio. The default is 300 epochs, as in the paper's main
   comparison (800 for its best). The rest is as in mae.py.
-- --consistency_weight 0 is Table 5's "+ whole data utilization". Nothing of the paper is left out.
+- --consistency_weight 0 is Table 5's "+ whole data utilization". Nothing of the paper's pre-training is left out.
 
     python emae.py --demo                                               # one CPU core: three minutes
     python emae.py --data my_images --batch_size 256 --accum_iter 8     # one GPU

@@ -1,20 +1,30 @@
-"""What the five scripts share: the Vision Transformer and the data loader. Nothing here knows a pre-training method.
+"""What the five scripts share: the Vision Transformer, the data loader, and small tools for runs that are left alone.
+Nothing here knows a pre-training method.
 
 The ViT is the plain one of Dosovitskiy et al. (arXiv:2010.11929) in MAE's variant: fixed sin-cos positions, LayerNorm
 with eps 1e-6, exact GELU, and the state-dict names of the public MAE checkpoints (and of timm).
 The loader hands out uint8 crops; what is random in one depends on (seed, epoch, index) alone, so neither the number of
 workers nor the number of processes changes what is trained on.
 """
+import argparse
+import itertools
 import math
 import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
@@ -84,6 +94,28 @@ def attention(q, k, v, dropout=0.0):
         attn = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
         return F.dropout(attn, dropout, training=dropout > 0) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+@torch.compiler.disable    # compiled, it would be made anew for every list of lengths
+def attention_by_image(q, k, v, lengths):
+    """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
+    images one after another; `lengths` (N,) says how many each has. For CPUs, whose time is in the arithmetic."""
+    images = zip(*(x.split(lengths.tolist(), dim=1) for x in (q * q.shape[2] ** -0.5, k, v)))
+    return torch.cat([(q @ k.transpose(1, 2)).softmax(dim=2) @ v for q, k, v in images], dim=1)
+
+
+def attention_padded(q, k, v, inside, slots):
+    """The same for GPUs, in few large kernels: images padded to one length. `inside` (N, length) says which tokens are
+    an image's, `slots` (T,) where these are in the flattened `inside`."""
+    q, k, v = (x.new_zeros(len(x), inside.numel(), x.shape[2]).index_copy(1, slots, x).unflatten(1, inside.shape)
+               for x in (q, k, v))                                      # (heads, N, length, d)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None])
+    return x.flatten(1, 2).index_select(1, slots)
+
+
+def ragged_attention(q, k, v, lengths, inside, slots):
+    """By image on a CPU, padded elsewhere; arguments and result as there."""
+    return attention_by_image(q, k, v, lengths) if q.is_cpu else attention_padded(q, k, v, inside, slots)
 
 
 class PatchEmbed(nn.Module):
@@ -294,26 +326,28 @@ class NamedDataset(Dataset):
     def __init__(self, name, split, root):
         class_name, keyword, pretrain_splits, train_splits, val_split = TORCHVISION_DATASETS[name]
         splits = {"pretrain": pretrain_splits, "train": train_splits, "val": [val_split]}[split]
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            torch.distributed.barrier()         # the first process of each machine downloads, the others wait …
+        if dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            dist.barrier()      # the first process of each machine downloads, the others wait …
         try:
             dataset = getattr(torchvision.datasets, class_name)
             parts = [dataset(root, download=True, **{keyword: part}) for part in splits]
         except (OSError, RuntimeError, ImportError) as error:   # ImportError: flowers102 is read with scipy
             raise InputError(f"{name}: not in '{root}', and could not be downloaded: {error!r}") from error
         finally:
-            if distributed and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                torch.distributed.barrier()     # … until it is done
-        self.images = ConcatDataset(parts)
+            if dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                dist.barrier()  # … until it is done
+        self.name, self.images = name, ConcatDataset(parts)
         self.classes = None if split == "pretrain" else list(parts[0].classes)
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        img, label = self.images[index]
-        return img.convert("RGB"), int(label)
+        try:
+            img, label = self.images[index]
+            return img.convert("RGB"), int(label)
+        except Exception as error:      # a broken file: what is raised depends on the data set
+            raise InputError(f"image {index} of {self.name} cannot be used: {error!r}") from error
 
 
 class Shapes(Dataset):
@@ -407,19 +441,36 @@ def seed_from(*numbers):
 
 
 class Crops(Dataset):
-    """Item (epoch, index): image `index` of a source, transformed at random as (seed, epoch, index) alone decides."""
+    """Item (epoch, index): image `index` of a source, transformed at random as (seed, epoch, index) alone decides, and
+    its label; then what was skipped, {reason: epoch}. An image that can't be read is replaced by the next that can, its
+    label too. Raises InputError where more than `skip_bad` in a row can't; None: none may be skipped.
+    """
 
-    def __init__(self, source, transform, seed=0):
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source, transform, seed=0, skip_bad=None):
+        self.source, self.transform, self.seed, self.skip_bad = source, transform, seed, skip_bad
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, item):
-        img, label = self.source[item[1]]
+        epoch, index = item
+        skipped = {}
+        while True:
+            try:
+                img, label = self.source[(index + len(skipped)) % len(self)]
+                break
+            except InputError as error:
+                skipped[str(error)] = epoch
+                self.check(skipped)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_from(self.seed, *item))
-            return self.transform(img), label
+            return self.transform(img), label, skipped
+
+    def check(self, skipped):
+        """Raises InputError, with the last reason, where more images were skipped than may be."""
+        if len(skipped) > (self.skip_bad or 0):
+            advice = "" if self.skip_bad is None else f"; more such files than --skip_bad {self.skip_bad} allows"
+            raise InputError(list(skipped)[-1] + advice)
 
 
 class GlobalBatches:
@@ -461,9 +512,45 @@ def eval_batches(num_images, batch_size, rank=0, world_size=1):
     return [[(0, index) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def make_loader(crops, batches, num_workers, device):
-    """A DataLoader of (imgs uint8 (B, 3, H, W), labels (B,)) over lists of (epoch, index)."""
-    return DataLoader(crops, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
+def make_loader(crops, batches, num_workers, device, skipped=None):
+    """Iterates once over (imgs uint8 (B, 3, H, W), labels (B,)), for `batches` of (epoch, index).
+
+    What of `crops` can't be read is entered into `skipped`, {reason: epoch of the first time}, when its batch comes up,
+    so that it doesn't depend on how far workers are ahead. Raises InputError where there is more than may be skipped.
+    `num_workers` None: this process's share of the cores.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    skipped = {} if skipped is None else skipped
+    for imgs, labels, news in DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+                                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone):
+        for reason in news.keys() - skipped.keys():
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+        skipped.update({**news, **skipped})
+        crops.check(skipped)
+        yield imgs, labels
+
+
+def collate(items):
+    """Items of Crops as one batch: imgs, labels, and all that was skipped."""
+    return *default_collate([item[:2] for item in items]), {k: v for item in items for k, v in item[2].items()}
+
+
+def leave_signals_alone(worker):
+    """In a loader's worker: SIGINT and SIGTERM, which are often sent to all processes of a job, are left to the main
+    process, which needs its workers until it has saved. Its own SIGTERM ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):      # else (macOS) a SIGTERM to all processes ends workers
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=exit_with, args=[os.getppid()], daemon=True).start()
+
+
+def exit_with(parent):
+    """Waits for a SIGTERM from the process `parent`, and exits."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class Normalize(nn.Module):
@@ -480,3 +567,176 @@ class Normalize(nn.Module):
     def inverse(self, imgs):
         """Normalised images back to [0, 1]."""
         return imgs * self.std + self.mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are left alone: arguments, files, signals, processes
+# ---------------------------------------------------------------------------------------------------------------------
+def number(kind, interval):
+    """An argparse type: an int or a float (`kind`) in an interval such as "[1, inf)" or "(0, 1]"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        if low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]":
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+    parse.__name__ = kind.__name__      # for argparse's "invalid int value"
+    return parse
+
+
+def check_output(output, size):
+    """Makes the folder; raises InputError where nothing can be written to it or `size` bytes have no room."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise InputError(f"cannot write into --output_dir {output}: {error.strerror}") from error
+    for leftover in output.glob("*.pt.tmp"):    # of a run that was killed while saving
+        leftover.unlink()
+    free = shutil.disk_usage(output).free
+    if free < size:
+        raise InputError(f"--output_dir {output} has {free / 1e9:.3g} GB free, and a checkpoint takes {size / 1e9:.3g}")
+
+
+def save(obj, path):
+    """Saves beside `path`, down to the disk, and moves it there: a write that fails or is cut off costs nothing.
+    Raises OSError."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:    # RuntimeError: torch's word for a full disk
+        try:
+            os.unlink(f"{path}.tmp")
+        except OSError:
+            pass
+        raise OSError(f"{path} could not be written, the disk may be full ({str(error).splitlines()[0]}); "
+                      f"an older one is still whole") from error
+
+
+def load(path, *needed):
+    """Reads a checkpoint, a dict with at least the keys `needed`: tensors, plain containers and argparse.Namespace;
+    what would run code is refused. Raises InputError."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at '{path}'") from None
+    except Exception as error:      # what torch.load raises depends on what the file is instead
+        raise InputError(f"'{path}' is no checkpoint, is cut short, or holds more than tensors and plain containers "
+                         f"({type(error).__name__}); it was not loaded") from error
+    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise InputError(f"'{path}' is no checkpoint to go on from: it has no {', '.join(missing)}")
+    return checkpoint
+
+
+def load_weights(path, model):
+    """Starts a model from a checkpoint's weights: all that have its names, at least a whole encoder. The positions are
+    fixed and the model's own, so the image size may differ. Raises InputError where the encoder isn't whole or a shape
+    differs."""
+    checkpoint = load(path)
+    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    own = {name: value for name, value in model.state_dict().items() if "pos_embed" not in name}
+    for name, value in own.items():
+        if name.startswith(ENCODER_PARTS) and name not in weights:
+            raise InputError(f"'{path}' lacks the encoder's {name}")
+        if name in weights and weights[name].shape != value.shape:
+            raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, here {tuple(value.shape)}")
+    model.load_state_dict({name: weights[name] for name in own.keys() & weights.keys()}, strict=False)
+    new = [name for name in own if name not in weights]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weights from {path}" + f", but for {len(new)} tensors that it lacks, such as {new[:1]}" * bool(new))
+
+
+def gather(obj):
+    """The list of all processes' `obj`, on every process."""
+    objs = [obj] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(objs, obj)
+    return objs
+
+
+def tidy_output(output, step, steps_per_epoch):
+    """Prepares an output folder for a run that goes on at `step`: the log keeps the epochs before it. For a new run, at
+    step 0, what an old one left is kept under names of its own: last.1.pt, log.1.jsonl and so on."""
+    log = output / "log.jsonl"
+    if step == 0 and (output / "last.pt").exists():
+        number = next(i for i in itertools.count(1) if not (output / f"last.{i}.pt").exists())
+        for path in (log, output / "encoder.pt", output / "result.json", output / "last.pt"):
+            if path.exists():
+                os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)[:step // steps_per_epoch]
+        (output / "log.tmp").write_text("".join(lines))
+        os.replace(output / "log.tmp", log)
+
+
+class SaveRequests:
+    """Says after each step whether to save: on SIGTERM (preemption) and SIGINT (Ctrl-C), and every `minutes`.
+
+    All processes get the same answer, what one of them wished for a step earlier: it travels, between CPUs, while the
+    next step computes, and nobody waits. Without torchrun, which may send a signal twice, a second one ends the process
+    at once.
+    """
+
+    def __init__(self, rank, minutes):
+        self.rank, self.seconds, self.caught = rank, 60 * minutes, []
+        self.due = time.time() + self.seconds
+        self.answer, self.travelling = torch.tensor(0), None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.caught.append(number)
+        if "RANK" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+
+    def poll(self):
+        """0: go on; 1: save; more: a signal's number, save and stop. For all processes to call after every step."""
+        wish = max(self.caught, default=0)
+        if self.rank == 0 and time.time() > self.due:
+            wish, self.due = max(wish, 1), time.time() + self.seconds
+        if not dist.is_initialized():
+            return wish
+        if self.travelling:
+            self.travelling.wait()
+        agreed, self.answer = self.answer.item(), torch.tensor(wish)
+        self.travelling = dist.all_reduce(self.answer, dist.ReduceOp.MAX, async_op=True)
+        return agreed
+
+
+def check_finite(window, model, scaler, clip_grad):
+    """Raises FloatingPointError where a loss, a gradient norm or a weight is not finite.
+
+    `window` holds (step, learning rate, statistics) of the last steps, of which the first is the loss and the last the
+    gradient norm; reading them is the one wait for the device. In float16 gradients may overflow: the scaler then skips
+    the step and halves its scale, but below 1 something else is wrong.
+    """
+    steps, rates, rows = zip(*window)
+    rows = torch.stack(rows).tolist()
+    weights = nn.utils.get_total_norm([x for x in model.state_dict().values() if x.is_floating_point()]).item()
+    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+    for step, lr, (loss, *_, norm) in zip(steps, rates, rows):
+        fine = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
+        if not fine or step == steps[-1] and not math.isfinite(weights):
+            clip = f"--clip_grad {clip_grad / 10 if clip_grad else 1:g}, or start over with a smaller --blr"
+            raise FloatingPointError(
+                f"not finite at step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g} (norm of the "
+                f"weights by now: {weights:g}). The last checkpoint is from before that. Go on from it with "
+                f"{'--amp bf16 or --amp none' if scaler.is_enabled() else clip}")
+
+
+def amp_dtype(choice, device):
+    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated; on MPS: none."""
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif choice == "auto":
+        old = not hasattr(torch.cpu, "get_capabilities")                # before torch 2.11
+        has = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()} if old else torch.cpu.get_capabilities()
+        in_hardware = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))    # bf16: ARM's
+        choice = "bf16" if device.type == "cpu" and in_hardware else "none"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]

@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,9 +39,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, ViT, eval_batches, eval_transform,
-                    load_dataset, make_loader, pair, seed_from, train_transform)
-from mae import amp_dtype, init_distributed, load_checkpoint, save, start_over
+from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, check_finite,
+                    check_output, eval_batches, eval_transform, gather, load, load_dataset, make_loader, number, pair,
+                    save, seed_from, tidy_output, train_transform)
+from mae import init_distributed, load_checkpoint
 
 FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
 LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0,
@@ -69,49 +71,63 @@ def get_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
     parser.add_argument("--mode", choices=["finetune", "linear", "partial", "knn"], default="finetune")
-    parser.add_argument("--blocks", type=int, default=4, help="partial: how many of the last blocks train")
+    parser.add_argument("--blocks", type=number(int, "[0, inf)"), default=4,
+                        help="partial: how many of the last blocks train")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/imagenet", help="folder with train/ and val/, or a data set by name")
     data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
-    data.add_argument("--crop_scale", type=float, nargs=2, default=[0.08, 1.0], help="area of RandomResizedCrop")
-    data.add_argument("--img_size", type=int, nargs="+", help="pixels: one or two (default: as pre-trained)")
-    data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
+    data.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.08, 1.0],
+                      help="area of RandomResizedCrop")
+    data.add_argument("--img_size", type=number(int, "[1, inf)"), nargs="+",
+                      help="pixels: one or two (default: as pre-trained)")
+    data.add_argument("--skip_bad", type=number(int, "[0, inf)"), default=0,
+                      help="replace up to so many broken files, in training alone: evaluation counts every image")
+    data.add_argument("--num_workers", type=number(int, "[0, inf)"),
+                      help="loader processes per process (default: its share of the cores)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none: the encoder (default: vit_base)")
-    model.add_argument("--patch_size", type=int, help="with --ckpt none: pixels")
+    model.add_argument("--patch_size", type=number(int, "[1, inf)"), help="with --ckpt none: pixels")
     model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
                        "(default: avg for finetune and partial, cls for linear and knn)")
-    model.add_argument("--drop_path", type=float, help="default: B 0.1, L 0.2, H 0.3; linear 0")
+    model.add_argument("--drop_path", type=number(float, "[0, 1)"), help="default: B 0.1, L 0.2, H 0.3; linear 0")
 
     optim = parser.add_argument_group("optimisation (Tables 9 and 10)")
-    optim.add_argument("--epochs", type=int, help="default: finetune B 100, L and H 50; linear B 90, L and H 50")
-    optim.add_argument("--warmup_epochs", type=float, help="default: 5; linear 10")
-    optim.add_argument("--batch_size", type=int, help="images per step, all processes (default: 1024; linear 16384)")
-    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share")
-    optim.add_argument("--blr", type=float, help="lr = blr · batch_size / 256 (default: B 5e-4, L, H 1e-3; linear 0.1)")
-    optim.add_argument("--min_lr", type=float, help="where the cosine ends (default: 1e-6; linear 0)")
-    optim.add_argument("--weight_decay", type=float, help="default: 0.05; linear 0")
-    optim.add_argument("--layer_decay", type=float, help="rate of a block over that of the next "
+    optim.add_argument("--epochs", type=number(int, "[1, inf)"),
+                       help="default: finetune B 100, L and H 50; linear B 90, L and H 50")
+    optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"), help="default: 5; linear 10")
+    optim.add_argument("--batch_size", type=number(int, "[1, inf)"),
+                       help="images per step, all processes (default: 1024; linear 16384)")
+    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1,
+                       help="parts in which a process computes its share")
+    optim.add_argument("--blr", type=number(float, "(0, inf)"),
+                       help="lr = blr · batch_size / 256 (default: B 5e-4, L, H 1e-3; linear 0.1)")
+    optim.add_argument("--min_lr", type=number(float, "[0, inf)"),
+                       help="where the cosine ends (default: 1e-6; linear 0)")
+    optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), help="default: 0.05; linear 0")
+    optim.add_argument("--layer_decay", type=number(float, "(0, 1]"), help="rate of a block over that of the next "
                        "(default: B 0.65, L and H 0.75; random weights 1)")
+    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
 
     regular = parser.add_argument_group("regularisation, finetune and partial (Table 9)")
     regular.add_argument("--rand_augment", action=argparse.BooleanOptionalAction, default=True)
-    regular.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    regular.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
-    regular.add_argument("--mixup", type=float, default=0.8, help="Beta parameter, 0 for none")
-    regular.add_argument("--cutmix", type=float, default=1.0, help="Beta parameter, 0 for none")
+    regular.add_argument("--smoothing", type=number(float, "[0, 1)"), default=0.1, help="label smoothing")
+    regular.add_argument("--erasing", type=number(float, "[0, 1]"), default=0.25, help="probability of random erasing")
+    regular.add_argument("--mixup", type=number(float, "[0, inf)"), default=0.8, help="Beta parameter, 0 for none")
+    regular.add_argument("--cutmix", type=number(float, "[0, inf)"), default=1.0, help="Beta parameter, 0 for none")
 
     knn = parser.add_argument_group("k-NN")
-    knn.add_argument("--k", type=int, default=20, help="neighbours")
-    knn.add_argument("--temperature", type=float, default=0.07, help="a neighbour votes with exp(cosine / temperature)")
+    knn.add_argument("--k", type=number(int, "[1, inf)"), default=20, help="neighbours")
+    knn.add_argument("--temperature", type=number(float, "(0, inf)"), default=0.07,
+                     help="a neighbour votes with exp(cosine / temperature)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", help="default: a folder named after the mode, beside the checkpoint")
     run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--seed", type=number(int, "[0, 4294967296)"), default=0)
+    run.add_argument("--save_minutes", type=number(float, "(0, inf]"), default=30, help="save as often, and each epoch")
+    run.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that there is")
     run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
                      help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -125,9 +141,6 @@ def get_args(argv=None):
         args.mode = "linear"
     if args.output_dir is None:
         args.output_dir = str((Path("runs/none") if args.ckpt == "none" else Path(args.ckpt).parent) / args.mode)
-    if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return args
 
 
@@ -143,20 +156,13 @@ def fill_recipe(args, embed_dim):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
     for right, advice in (
-        (args.mode == "knn" or
-         min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+        (args.mode == "knn" or args.batch_size % (world_size * args.accum_iter) == 0,
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (args.mode == "knn" or args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
-         f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
+        (args.mode == "knn" or args.warmup_epochs < args.epochs,
+         f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"),
         (args.mode != "linear" or args.batch_size >= 2 * world_size * args.accum_iter,
          "--batch_size must leave at least 2 images for a process to normalise over"),
-        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (args.blr > 0 and 0 < args.layer_decay <= 1, "--blr must be above 0, --layer_decay above 0 and at most 1"),
-        (0 <= args.drop_path < 1, "--drop_path must be at least 0 and below 1"),
-        (0 <= args.erasing <= 1 and 0 <= args.smoothing < 1, "--erasing and --smoothing must be between 0 and 1"),
-        (min(args.weight_decay, args.min_lr, args.mixup, args.cutmix, args.num_workers, args.seed, args.blocks) >= 0,
-         "--weight_decay, --min_lr, --mixup, --cutmix, --num_workers, --seed and --blocks must be at least 0"),
-        (args.k >= 1 and args.temperature > 0, "--k must be at least 1, --temperature above 0"),
+        (args.crop_scale[0] <= args.crop_scale[1], "--crop_scale takes two shares, the least and the most"),
     ):
         if not right:
             raise InputError(advice)
@@ -171,14 +177,7 @@ def load_encoder(path):
     Takes {"model": weights, …} or the weights alone; a decoder, and whatever else a method keeps beside its encoder, is
     left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint at '{path}': give a last.pt, an encoder.pt, or none") from None
-    except Exception as error:      # what torch.load raises depends on what the file is instead
-        raise InputError(f"'{path}' is no checkpoint, is cut short, or holds more than tensors and plain containers "
-                         f"({type(error).__name__}); it was not loaded") from error
+    checkpoint = load(path)
     weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
         if name not in weights:
@@ -373,12 +372,15 @@ def load_labelled(args):
 
 
 @torch.no_grad()
-def evaluate(model, loader, normalize, dtype):
-    """Top-1 and top-5 in %, and the number of images, over all processes' shares."""
+def evaluate(model, loader, normalize, dtype, caught=()):
+    """Top-1 and top-5 in %, and the number of images, over all processes' shares. Exits once a signal is in `caught`:
+    what was trained is saved, and the same command evaluates it."""
     device = normalize.mean.device
     counts = torch.zeros(3, device=device)
     model.eval()
     for imgs, labels in loader:
+        if caught:
+            sys.exit(128 + caught[0])
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(normalize(imgs.to(device, non_blocking=True)))
         counts += hits(logits, labels.to(device))
@@ -400,27 +402,18 @@ def to_percent(counts):
     return 100 * top1 / number, 100 * top5 / number, int(number)
 
 
-def gather(x):
-    """The rows of all processes' tensors, on the CPU, one process after the other."""
-    if not dist.is_initialized():
-        return x.cpu()
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x.cpu())
-    return torch.cat(parts)
-
-
 @torch.no_grad()
 def extract_features(model, loader, normalize, dtype, pool):
     """Features of unit length (N, D) and labels (N,) of the whole data set, on every process, on the CPU."""
     device = normalize.mean.device
     features = [torch.empty(0, model.cls_token.shape[-1], device=device)]
     labels = [torch.empty(0, dtype=torch.int64)]
-    for imgs, label in tqdm(loader, unit="batch", disable=dist.is_initialized() and dist.get_rank() > 0):
+    for imgs, label in loader:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             x = model.features(normalize(imgs.to(device, non_blocking=True)), pool)
         features.append(F.normalize(x.float(), dim=1))
         labels.append(label)
-    return gather(torch.cat(features)), gather(torch.cat(labels))
+    return torch.cat(gather(torch.cat(features).cpu())), torch.cat(gather(torch.cat(labels)))
 
 
 def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
@@ -448,14 +441,17 @@ def main(args):
 
     rank, world_size, device = init_distributed(args)
     output = Path(args.output_dir)
+    if rank == 0:
+        check_output(output, 0)
     dtype = amp_dtype(args.amp, device)
     normalize = Normalize().to(device)
     train_set, val_set = load_labelled(args)
     num_classes = len(train_set.classes)
 
-    def load_in_order(dataset):
+    def load_in_order(dataset, progress=False):
         batches = eval_batches(len(dataset), 256, rank, world_size)
-        return make_loader(Crops(dataset, eval_transform(args.img_size)), batches, args.num_workers, device)
+        loader = make_loader(Crops(dataset, eval_transform(args.img_size)), batches, args.num_workers, device)
+        return tqdm(loader, total=len(batches), unit="batch", disable=rank > 0 or not progress)
 
     torch.manual_seed(args.seed)
     if args.mode == "knn":
@@ -470,26 +466,25 @@ def main(args):
         model.load_state_dict(weights, strict=False)    # what is left as it is: the head, and its norm
     model.to(device)
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
         print(f"{args.mode} of {args.ckpt}: {vit['embed_dim']} wide, {vit['depth']} blocks, patches of "
               f"{vit['patch_size']}, {' × '.join(map(str, args.img_size))} pixels, {len(train_set)} images to train, "
               f"{len(val_set)} to validate, {num_classes} classes, {device.type}, "
               f"amp {str(dtype).removeprefix('torch.')}")
 
     if args.mode == "knn":
-        bank, bank_labels = extract_features(model.eval(), load_in_order(train_set), normalize, dtype, args.pool)
-        features, labels = extract_features(model, load_in_order(val_set), normalize, dtype, args.pool)
+        bank, bank_labels = extract_features(model.eval(), load_in_order(train_set, True), normalize, dtype, args.pool)
+        features, labels = extract_features(model, load_in_order(val_set, True), normalize, dtype, args.pool)
         bank, bank_labels, counts = bank.to(device), bank_labels.to(device), 0
         for x, y in zip(features.to(device).split(1024), labels.to(device).split(1024)):
             counts += hits(knn_scores(x, bank, bank_labels, num_classes, args.k, args.temperature), y)
-        top1, top5, number = to_percent(counts)
+        top1, top5, images = to_percent(counts)
         if rank == 0:
             print("k-NN is a quick look: a low figure is normal for masked autoencoders, whatever their fine-tuning.")
     else:
-        val_loader = load_in_order(val_set)
-        top1, top5, number = train(args, model, train_set, val_loader, normalize, dtype, rank, world_size)
+        top1, top5, images = train(args, model, train_set, lambda: load_in_order(val_set), normalize, dtype, rank,
+                                   world_size)
 
-    result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": number, "ckpt": args.ckpt,
+    result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": images, "ckpt": args.ckpt,
               "data": args.data, "args": {name: value for name, value in vars(args).items() if value is not None}}
     if rank == 0:
         (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -499,7 +494,7 @@ def main(args):
     return result
 
 
-def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size):
+def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     """Trains what is not frozen; returns the last epoch's top-1 and top-5 in %, and the number of validation images."""
     output, device = Path(args.output_dir), normalize.mean.device
     regularise = args.mode != "linear"
@@ -509,33 +504,62 @@ def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:
         transform.transforms.insert(2, rand_augment)    # after crop and flip, before the tensor
+    params = [p for p in model.parameters() if p.requires_grad]
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True) if regularise else LARS(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    if rank == 0:
+        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)))
+    checkpoint = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    start, skipped = checkpoint["step"], checkpoint["skipped"]
     if args.compile:
         model.compile()
     net = DistributedDataParallel(model) if world_size > 1 else model
-    crops = Crops(train_set, transform, args.seed)
-    batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
+    crops = Crops(train_set, transform, args.seed, args.skip_bad)
+    batches = make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device, skipped)
     num_classes = len(train_set.classes)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
+    log_path, logged = output / "log.jsonl", 0
     if rank == 0:
+        tidy_output(output, start, steps_per_epoch)
+        logged = len(log_path.read_text().splitlines()) if log_path.exists() else 0
         print(f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
               f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
               f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}",
               flush=True)
-        if start == 0:
-            start_over(output)
 
     bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
                unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
-    result, total, epoch_start = None, 0.0, time.time()
+    totals = torch.tensor(checkpoint["totals"], device=device)          # as in mae.py
+    totals = totals[rank] if len(totals) == world_size else totals.mean(dim=0)
+    requests, request, window = SaveRequests(rank, args.save_minutes), 0, []
+    epoch_start, result = time.time() - checkpoint["seconds"], None
+
+    def end_epoch(epoch, sums, seconds):
+        """Evaluates, and writes the epoch's line into the log; what was trained is saved by then."""
+        result = evaluate(model, load_val(), normalize, dtype, requests.caught)
+        if rank == 0:
+            loss, norm = (sum(column) / world_size / steps_per_epoch for column in zip(*sums))
+            lr = learning_rate(epoch + (steps_per_epoch - 1) / steps_per_epoch, args)
+            line = {"epoch": epoch, "loss": loss, "grad_norm": norm, "top1": result[0], "top5": result[1], "lr": lr,
+                    "seconds": seconds, "images_per_s": steps_per_epoch * args.batch_size / seconds}
+            if args.skip_bad:
+                new = sorted(reason for reason, first in skipped.items() if first == epoch)
+                line.update(skipped=len(skipped), newly_skipped=new)
+            with open(log_path, "a") as log:
+                log.write(json.dumps(line) + "\n")
+        return result
+
+    if start and start % steps_per_epoch == 0:
+        if gather(logged)[0] < start // steps_per_epoch:                # stopped before or during evaluation
+            result = end_epoch(start // steps_per_epoch - 1, checkpoint["totals"], checkpoint["seconds"])
+        totals, epoch_start = 0.0, time.time()
     model.train()
     for step in range(start, args.epochs * steps_per_epoch):
         lr = learning_rate(step / steps_per_epoch, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        row = 0.0
         for part in range(args.accum_iter):
             imgs, labels = next(batches)
             imgs, labels = normalize(imgs.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
@@ -546,41 +570,58 @@ def train(args, model, train_set, val_loader, normalize, dtype, rank, world_size
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss = criterion(net(imgs).float(), labels)
             scaler.scale(loss / args.accum_iter).backward()
-            total += loss.detach() / args.accum_iter
+            row = row + loss.detach()[None] / args.accum_iter
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in params])
+        if args.clip_grad:
+            nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
+        row = torch.cat([row, norm[None]])
+        totals = totals + row.nan_to_num(0.0, 0.0, 0.0)
+        window.append((step, lr, row))
         epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
+        ended, request = done == steps_per_epoch, requests.poll()
         bar.update(args.batch_size)
-        if rank == 0 and (done % 20 == 0 or done == steps_per_epoch):
-            bar.set_postfix(epoch=epoch, loss=f"{total.item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
-        if done < steps_per_epoch:
+        if ended or request or done % 20 == 0:
+            check_finite(window, model, scaler, args.clip_grad)
+            bar.set_postfix(epoch=epoch, loss=f"{totals[0].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
+            window = []
+        if not (ended or request):
             continue
-        if world_size > 1:
-            dist.all_reduce(total)
-        mean = total.item() / world_size / steps_per_epoch
+
+        # The end of an epoch, a signal, or time to save: checkpoint, evaluation, log
         seconds = time.time() - epoch_start
+        sums, theirs = zip(*gather((totals.tolist(), skipped)))
+        skipped.update({reason: first for one in theirs for reason, first in one.items()})
         if world_size > 1:
             for buffer in model.buffers():      # BatchNorm's statistics are the first process's, as under DDP
                 dist.broadcast(buffer, 0)
-        result = evaluate(model, val_loader, normalize, dtype)
         if rank == 0:
-            line = {"epoch": epoch, "loss": mean, "top1": result[0],
-                    "top5": result[1], "lr": lr, "seconds": seconds,
-                    "images_per_s": steps_per_epoch * args.batch_size / seconds}
-            with open(output / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                  "step": step + 1, "args": vars(args)}, output / "last.pt")
-        total, epoch_start = 0.0, time.time()
+                  "step": step + 1, "totals": sums, "seconds": seconds, "skipped": skipped, "args": vars(args)},
+                 output / "last.pt")
+        if request > 1:
+            break
+        if ended:
+            result = end_epoch(epoch, sums, seconds)
+            totals, epoch_start = 0.0, time.time()
     bar.close()
-    return result or evaluate(model, val_loader, normalize, dtype)
+    batches.close()
+    if request > 1:
+        if rank == 0:
+            print(f"{signal.Signals(request).name}: saved after step {step + 1}; the same command goes on from there")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(128 + request)
+    return result or evaluate(model, load_val(), normalize, dtype, requests.caught)
 
 
 if __name__ == "__main__":
     try:
         main(get_args())
-    except InputError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -28,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,8 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, ViT, check_vit, init_linear,
-                    load_dataset, make_loader, pair, seed_from, sincos_pos_embed, train_transform)
+from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype,
+                    check_finite, check_output, check_vit, gather, init_linear, load, load_dataset, load_weights,
+                    make_loader, number, pair, save, seed_from, sincos_pos_embed, tidy_output, train_transform)
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
@@ -57,32 +59,36 @@ def get_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
     data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
-    data.add_argument("--img_size", type=int, nargs="+", default=[224], help="pixels: one number, or height and width")
-    data.add_argument("--crop_scale", type=float, nargs=2, default=[0.2, 1.0], help="area of RandomResizedCrop")
-    data.add_argument("--num_workers", type=int, help="loader processes per process (default: its share of the cores)")
+    data.add_argument("--img_size", type=number(int, "[1, inf)"), nargs="+", default=[224], help="pixels: one or two")
+    data.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.2, 1.0], help="crops' area")
+    data.add_argument("--num_workers", type=number(int, "[0, inf)"), help="loaders a process (default: its cores)")
+    data.add_argument("--skip_bad", type=number(int, "[0, inf)"), default=0, help="replace up to so many broken files")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
-    model.add_argument("--patch_size", type=int, help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width (MAE's Table 1b)")
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (MAE's Table 1a)")
-    model.add_argument("--decoder_num_heads", type=int, default=16)
-    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches removed")
+    model.add_argument("--patch_size", type=number(int, "[1, inf)"), help="pixels (default: 16, vit_huge 14)")
+    model.add_argument("--decoder_embed_dim", type=number(int, "[4, inf)"), default=512, help="width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=number(int, "[1, inf)"), default=8, help="blocks (MAE's Table 1a)")
+    model.add_argument("--decoder_num_heads", type=number(int, "[1, inf)"), default=16)
+    model.add_argument("--mask_ratio", type=number(float, "(0, 1)"), default=0.75, help="share of patches removed")
     model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="standardise each patch")
 
     optim = parser.add_argument_group("optimisation (MAE's Table 8)")
-    optim.add_argument("--epochs", type=int, default=800)
-    optim.add_argument("--warmup_epochs", type=float, default=40)
-    optim.add_argument("--batch_size", type=int, default=4096, help="images per step, over all processes")
-    optim.add_argument("--accum_iter", type=int, default=1, help="parts in which a process computes its share")
-    optim.add_argument("--blr", type=float, default=1.5e-4, help="base learning rate: lr = blr · batch_size / 256")
-    optim.add_argument("--weight_decay", type=float, default=0.05)
+    optim.add_argument("--epochs", type=number(int, "[1, inf)"), default=800)
+    optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"), default=40)
+    optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=4096, help="images a step, all processes")
+    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts a process's share comes in")
+    optim.add_argument("--blr", type=number(float, "(0, inf)"), default=1.5e-4, help="lr = blr · batch_size / 256")
+    optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=0.05)
+    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="for checkpoints, log and picture")
     run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--init_from", help="a checkpoint: a new run starts from its weights")
+    run.add_argument("--save_minutes", type=number(float, "(0, inf]"), default=30, help="save as often, and each epoch")
+    run.add_argument("--seed", type=number(int, "[0, 4294967296)"), default=0)
+    run.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that there is")
     run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
                      help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -93,26 +99,19 @@ def get_args(argv=None):
 
     size = VIT_SIZES[args.model]
     args.patch_size = args.patch_size or size["patch_size"]
-    if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
     check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
     check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
     shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
     for right, advice in (
-        (min(args.batch_size, args.accum_iter) >= 1 and args.batch_size % (world_size * args.accum_iter) == 0,
+        (args.batch_size % (world_size * args.accum_iter) == 0,
          f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (0 < args.mask_ratio < 1 and 0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
+        (0 < int(num_patches * (1 - args.mask_ratio) + 1e-6) < num_patches,
          f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches"),
-        (args.epochs >= 1 and 0 <= args.warmup_epochs < args.epochs,
-         f"--warmup_epochs {args.warmup_epochs:g} must be at least 0 and less than --epochs {args.epochs}"),
-        (0 < args.crop_scale[0] <= args.crop_scale[1] <= 1, "--crop_scale takes two shares, 0 < least ≤ most ≤ 1"),
-        (0 < args.blr < math.inf and 0 <= args.weight_decay < math.inf,
-         "--blr must be above 0, --weight_decay at least 0"),
-        (args.decoder_depth >= 1 and min(args.num_workers, args.seed) >= 0,
-         "--decoder_depth must be at least 1, --num_workers and --seed at least 0"),
+        (args.warmup_epochs < args.epochs,
+         f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"),
+        (args.crop_scale[0] <= args.crop_scale[1], "--crop_scale takes two shares, the least and the most"),
     ):
         if not right:
             raise InputError(advice)
@@ -261,71 +260,47 @@ def param_groups(model, weight_decay):
 
 
 def init_distributed(args):
-    """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = args.device or best
+    """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device. Raises InputError
+    where there is no device for it."""
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": math.inf}
+    kind = args.device or next(kind for kind, number in there.items() if number)
     rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if local_rank >= there[kind]:
+        raise InputError(f"no {kind} device for process {local_rank} of this machine: it has {there[kind]}")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
 
 
-def amp_dtype(choice, device):
-    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated; on MPS: none."""
-    if choice == "auto" and device.type == "cuda":
-        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif choice == "auto":
-        if hasattr(torch.cpu, "get_capabilities"):
-            features = torch.cpu.get_capabilities()
-            in_hardware = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))   # bf16: ARM's
-        else:                                                           # before torch 2.11
-            in_hardware = torch.cpu._is_avx512_bf16_supported()
-        choice = "bf16" if device.type == "cpu" and in_hardware else "none"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
-
-
-def save(obj, path):
-    """Saves beside `path` and moves it there, so that an interrupted write costs nothing."""
-    torch.save(obj, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def load_checkpoint(path, args, model, optimizer, scaler):
-    """Goes on from `path`, if it is there: restores the state and returns the step to go on at, else 0.
+    """Restores the state saved at `path`, and returns the checkpoint; where there is none, that of a run at step 0.
     Raises InputError where the checkpoint is another recipe's, or is not seen by every process."""
     found = not args.no_resume and path.exists()
-    if dist.is_initialized():
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, found)
-        if len(set(everywhere)) > 1:
-            raise InputError(f"{path} is there for some processes only: --output_dir must be on a disk that all share")
+    if len(set(gather(found))) > 1:
+        raise InputError(f"{path} is there for some processes only: --output_dir must be on a disk that all share")
     if not found:
-        return 0
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    elsewhere = {"data_root", "num_workers", "accum_iter", "output_dir", "no_resume", "device", "compile", "demo"}
+        return {"step": 0, "totals": [[0.0]], "seconds": 0.0, "skipped": {}}
+    checkpoint = load(path, "model", "optimizer", "scaler", "step", "totals", "seconds", "skipped", "args")
+    elsewhere = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "no_resume", "save_minutes",
+                 "device", "compile", "demo"}
     there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
-    changed = [f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
-               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)]
-    if changed:
-        raise InputError(f"{path} is of another run ({'; '.join(changed)}): give its arguments to go on with it, "
-                         f"another --output_dir for a new run, or --no_resume to start over")
+    changed = {name: f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)}
+    if changed.keys() - {"amp", "clip_grad"}:                           # these two may mend a run that diverged
+        raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): give its arguments to go on with "
+                         f"it, another --output_dir for a new run, or --no_resume to start over")
+    if changed and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: going on with {'; '.join(changed.values())}")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"]
-
-
-def start_over(output):
-    """Makes way for a new run: an old checkpoint is kept as last.old.pt, so that nothing goes on from it."""
-    if (output / "last.pt").exists():
-        os.replace(output / "last.pt", output / "last.old.pt")
-    (output / "log.jsonl").unlink(missing_ok=True)
+    return checkpoint
 
 
 def save_picture(rows, path):
@@ -347,26 +322,30 @@ def main(args):
     plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
     steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
-    crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed)
+    crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
     normalize = Normalize().to(device)
 
     # Model and optimiser: every process starts from the same weights
     torch.manual_seed(args.seed)
     model = build_model(args).to(device)
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    if rank == 0:
+        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)))   # AdamW's two
+    checkpoint = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
+    start, skipped = checkpoint["step"], checkpoint["skipped"]
+    if start == 0 and args.init_from:
+        load_weights(args.init_from, model)
     if args.compile:
         model.compile()
     net = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
-    batches = iter(make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device))
+    batches = make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device, skipped)
 
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if start == 0:
-            start_over(output)
-        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        tidy_output(output, start, steps_per_epoch)
+        millions = sum(p.numel() for p in params) / 1e6
         print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M trained parameters, {len(source)} images"
               f", {device.type}, amp {str(dtype).removeprefix('torch.')}\n"
               f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
@@ -377,13 +356,17 @@ def main(args):
 
     bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
                unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
-    totals, epoch_start = {}, time.time()
+    totals = torch.tensor(checkpoint["totals"], device=device)          # of an epoch begun: (processes, statistics)
+    totals = totals[rank] if len(totals) == world_size else totals.mean(dim=0)
+    requests, request, window = SaveRequests(rank, args.save_minutes), 0, []
+    epoch_start = time.time() - checkpoint["seconds"]
     model.train()
     for step in range(start, args.epochs * steps_per_epoch):
         lr = learning_rate(step / steps_per_epoch, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
+        row = 0.0
         for part in range(args.accum_iter):
             imgs = normalize(next(batches)[0].to(device, non_blocking=True))
             # Masks and dropout: the step and the part of its batch decide, so there is no random state to save
@@ -392,48 +375,70 @@ def main(args):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss, stats = net(imgs)
             scaler.scale(loss / args.accum_iter).backward()
-            for name, value in stats.items():                           # summed on the device: no wait for it here
-                totals[name] = totals.get(name, 0.0) + value / args.accum_iter
+            row = row + torch.stack([*stats.values()]) / args.accum_iter
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in params])
+        if args.clip_grad:
+            nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
+        row = torch.cat([row, norm[None]])                              # stays on the device: no wait for it here
+        totals = totals + row.nan_to_num(0.0, 0.0, 0.0)                 # float16: a step that overflows is skipped
+        window.append((step, lr, row))
         epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
+        ended, request = done == steps_per_epoch, requests.poll()
         bar.update(args.batch_size)
-        if rank == 0 and (done % 20 == 0 or done == steps_per_epoch):
-            bar.set_postfix(epoch=epoch, loss=f"{totals['loss'].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
-        if done < steps_per_epoch:
+        if ended or request or done % 20 == 0:
+            check_finite(window, model, scaler, args.clip_grad)
+            bar.set_postfix(epoch=epoch, loss=f"{totals[0].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
+            window = []
+        if not (ended or request):
             continue
 
-        # The end of an epoch: log, checkpoint, picture
-        means = torch.stack([value.float() / steps_per_epoch for value in totals.values()])
-        if world_size > 1:
-            dist.all_reduce(means)
-        line = dict(zip(totals, (means / world_size).tolist()))
+        # The end of an epoch, a signal, or time to save: log, checkpoint, picture
         seconds = time.time() - epoch_start
-        if rank == 0:
-            line = {"epoch": epoch, **line, "lr": lr, "seconds": seconds,
+        sums, theirs = zip(*gather((totals.tolist(), skipped)))
+        skipped.update({reason: first for one in theirs for reason, first in one.items()})
+        if ended and rank == 0:
+            means = [sum(column) / world_size / steps_per_epoch for column in zip(*sums)]
+            line = {"epoch": epoch, **dict(zip([*stats, "grad_norm"], means)), "lr": lr, "seconds": seconds,
                     "images_per_s": steps_per_epoch * args.batch_size / seconds}
+            if args.skip_bad:
+                new = sorted(reason for reason, first in skipped.items() if first == epoch)
+                line.update(skipped=len(skipped), newly_skipped=new)
             with open(output / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
+        if ended:
+            sums, seconds, totals, epoch_start = [[0.0]], 0.0, 0.0, time.time()
+        if rank == 0:
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                  "step": step + 1, "args": vars(args)}, output / "last.pt")
+                  "step": step + 1, "totals": sums, "seconds": seconds, "skipped": skipped, "args": vars(args)},
+                 output / "last.pt")
+        if ended and rank == 0:
             model.eval()
             save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
             model.train()
-        totals, epoch_start = {}, time.time()
+        if request > 1:
+            break
 
     bar.close()
-    if rank == 0:
+    batches.close()
+    if rank == 0 and request > 1:
+        print(f"{signal.Signals(request).name}: saved after step {step + 1}; the same command goes on from there")
+    elif rank == 0:
         save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
         print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    if request > 1:
+        sys.exit(128 + request)
 
 
 if __name__ == "__main__":
     try:
         main(get_args())
-    except InputError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -134,7 +134,7 @@ def pretrained(run_of):
     return run_of("mae")
 
 
-def stop_after_saving(obj, path, save=mae.save):
+def stop_after_saving(obj, path, save=common.save):
     """In place of mae.save: the run ends right after its first checkpoint."""
     save(obj, path)
     raise KeyboardInterrupt
@@ -634,7 +634,7 @@ def test_padded_attention_in_the_model(monkeypatch):
     parameters = [p for p in model.parameters() if p.requires_grad]
     loss, _ = model(imgs, noise)
     gradients = torch.autograd.grad(loss, parameters)
-    padded = lambda q, k, v, lengths, inside, slots: efficient_mae.attention_padded(q, k, v, inside, slots)
+    padded = lambda q, k, v, lengths, inside, slots: common.attention_padded(q, k, v, inside, slots)
     monkeypatch.setattr(efficient_mae, "ragged_attention", padded)
     other, _ = model(imgs, noise)
     torch.testing.assert_close(other, loss, atol=1e-6, rtol=0)
@@ -672,8 +672,8 @@ def test_ragged_attention_two_ways():
     slots = inside.flatten().nonzero()[:, 0]
     assert torch.equal(efficient_mae.true_entries(inside, sum(lengths)), slots)
     for ours in (
-        efficient_mae.attention_by_image(q, k, v, torch.tensor(lengths)),
-        efficient_mae.attention_padded(q, k, v, inside, slots),
+        common.attention_by_image(q, k, v, torch.tensor(lengths)),
+        common.attention_padded(q, k, v, inside, slots),
     ):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
         for a, b in zip(torch.autograd.grad((ours * upstream).sum(), [q, k, v]), gradients):
@@ -1020,8 +1020,8 @@ def test_multiply_adds_of_emae_and_sdae():
 OWN = {
     "emae": ("EMAE", "random_masking build_model Model Model.__init__ Model.forward_encoder Model.forward_loss "
              "Model.forward_consistency Model.forward Model.reconstruct Model.picture"),
-    "efficient_mae": ("Efficient", "p2dist_approximate p2dist_exact attention_by_image attention_padded "
-                      "ragged_attention true_entries build_model Model Model.__init__ Model.decoder_masking "
+    "efficient_mae": ("Efficient", "p2dist_approximate p2dist_exact true_entries build_model Model "
+                      "Model.__init__ Model.decoder_masking "
                       "Model.forward_decoder Model.forward_loss Model.forward Model.reconstruct Model.picture"),
     "robust_mae": ("Robust", "patch_statistics build_model Model Model.__init__ Model.initialize_weights "
                    "Model.forward_encoder Model.inter_patch_norm Model.undo_inter_patch_norm Model.forward_loss "
@@ -1096,6 +1096,7 @@ def test_the_guard_sees():
         return [block for block in theirs if untagged_changes(theirs[block], ours.get(block, []), "SdAE")]
 
     step = "        optimizer.zero_grad()\n"
+    assert shared.count(step) == 1
     assert differing(step, step) == []
     assert differing(step, step + "        model.update()  # SdAE: Eq. 7\n") == []
     assert differing(step, step + "        model.update()\n") == ["main"]
@@ -1104,7 +1105,7 @@ def test_the_guard_sees():
     assert differing(step, "") == ["main"]
     assert differing(step, "        model.follow(momentum(step, steps_per_epoch, args))  # SdAE: Eq. 7\n") == ["main"]
     assert differing("        scaler.update()\n" + step, "        model.follow(momentum)  # SdAE: Eq. 7\n") == ["main"]
-    assert differing("# The end of an epoch: log", "# An epoch's end: log") == ["main"]
+    assert differing("# The end of an epoch, a signal", "# An epoch's end, a signal") == ["main"]
     assert differing("betas=(0.9, 0.95)", "betas=(0.9, 0.999)") == ["main"]
     assert differing("    x = imgs.reshape(N, C, H", "    x = imgs.reshape(N, C,  H") == ["patchify"]
 
@@ -1201,14 +1202,21 @@ def make_loader(folder, num_workers, context=None, **plan):
     source = common.load_dataset(str(folder), "pretrain")
     crops = common.Crops(source, common.train_transform(32, (0.2, 1.0)), seed=3)
     batches = common.GlobalBatches(len(source), 16, epochs=2, seed=3, **plan)
-    return DataLoader(crops, batch_sampler=batches, num_workers=num_workers, multiprocessing_context=context)
+    return DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        collate_fn=common.collate,
+        worker_init_fn=common.leave_signals_alone,
+    )
 
 
 def test_images_depend_on_seed_epoch_and_index_alone(folder):
     plain = list(make_loader(folder, 0))
     assert len(plain) == 6 and plain[0][0].shape == (16, 3, 32, 32) and plain[0][0].dtype == torch.uint8
     for workers, context in ((1, "fork"), (2, "spawn")):
-        for (a, la), (b, lb) in zip(plain, make_loader(folder, workers, context), strict=True):
+        for (a, la, _), (b, lb, _) in zip(plain, make_loader(folder, workers, context), strict=True):
             assert torch.equal(a, b) and torch.equal(la, lb)
     assert not torch.equal(plain[0][0], plain[3][0])  # another epoch, other crops
     resumed = list(make_loader(folder, 0, start_step=4))
@@ -1308,9 +1316,8 @@ def test_broken_files_are_named(tmp_path, folder):
         with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
             common.load_rgb(tmp_path / name)
     source = common.load_dataset(str(tmp_path), "pretrain")
-    loader = DataLoader(
-        common.Crops(source, common.train_transform(32, (0.2, 1))), batch_sampler=[[(0, 0)]], num_workers=1
-    )
+    crops = common.Crops(source, common.train_transform(32, (0.2, 1)))
+    loader = common.make_loader(crops, [[(0, 0)]], 1, torch.device("cpu"))
     with pytest.raises(InputError) as caught:  # also from a worker: one line, with the path
         next(iter(loader))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
@@ -1426,20 +1433,21 @@ def test_learning_rate_and_groups():
 
 def test_amp_choice(monkeypatch):
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
-    assert [mae.amp_dtype(choice, cpu) for choice in ("bf16", "fp16", "none")] == [torch.bfloat16, torch.float16, None]
+    given = [common.amp_dtype(choice, cpu) for choice in ("bf16", "fp16", "none")]
+    assert given == [torch.bfloat16, torch.float16, None]
     for features, expected in (
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"bf16": True}, torch.bfloat16),
         ({"avx512_f": True}, None),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-        assert mae.amp_dtype("auto", cpu) is expected
+        assert common.amp_dtype("auto", cpu) is expected
     for hardware, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: hardware or including_emulation
         )
-        assert mae.amp_dtype("auto", cuda) is expected
-    assert mae.amp_dtype("auto", mps) is None
+        assert common.amp_dtype("auto", cuda) is expected
+    assert common.amp_dtype("auto", mps) is None
 
 
 PICTURE_ROWS = {"mae": 3, "emae": 9, "efficient_mae": 3, "robust_mae": 3, "sdae": 5}
@@ -1533,7 +1541,7 @@ def test_the_same_command_goes_on(name, folder, tmp_path, monkeypatch):
         method.main(method.get_args([*broken, "--epochs", "4"]))
     method.main(method.get_args([*broken, "--epochs", "3", "--no_resume"]))
     assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["step"] == 9
-    assert torch.load(tmp_path / "broken" / "last.old.pt", weights_only=True)["step"] == 6  # nothing is lost
+    assert torch.load(tmp_path / "broken" / "last.1.pt", weights_only=True)["step"] == 6  # nothing is lost
 
 
 def test_patch_statistics_are_gathered_once(folder, run_of, tmp_path, monkeypatch):
@@ -1605,68 +1613,159 @@ def test_not_square(folder, tmp_path, pretrained):
     )
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--batch_size", "10", "--accum_iter", "3"], "cannot be shared equally"),
-        (["--batch_size", "0"], "cannot be shared equally"),
-        (["--batch_size", "64"], "fewer than one batch"),
-        (["--mask_ratio", "0.99"], "keep and remove at least one"),
-        (["--mask_ratio", "0"], "keep and remove at least one"),
-        (["--img_size", "30"], "not a whole number of patches"),
-        (["--warmup_epochs", "2"], "less than --epochs 2"),
-        (["--decoder_num_heads", "3"], "divisible"),
-        (["--crop_scale", "0.9", "0.2"], "crop_scale"),
-        (["--data", "nowhere"], "no data at 'nowhere'"),
-    ],
-)
-def test_bad_arguments(folder, tmp_path, arguments, message):
-    with pytest.raises(InputError, match=message):
-        mae.main(mae.get_args([*small_args(folder, tmp_path / "out"), *arguments]))
-    assert not (tmp_path / "out").exists()
+BAD_COMMANDS = """
+mae           | --img_size 30                              | 30×30 pixels is not a whole number of patches of 8
+mae           | --img_size 0                               | --img_size: 0 is not in [1, inf)
+mae           | --img_size 32 32 32                        | an image size is one number or two, not 3
+mae           | --img_size big                             | --img_size: invalid int value: 'big'
+mae           | --crop_scale 0.9 0.2                       | --crop_scale takes two shares, the least and the most
+mae           | --crop_scale 0 1                           | --crop_scale: 0 is not in (0, 1]
+mae           | --crop_scale 0.2 1.1                       | --crop_scale: 1.1 is not in (0, 1]
+mae           | --crop_scale 0.2                           | --crop_scale: expected 2 arguments
+mae           | --num_workers -1                           | --num_workers: -1 is not in [0, inf)
+mae           | --skip_bad -1                              | --skip_bad: -1 is not in [0, inf)
+mae           | --skip_bad 0.5                             | --skip_bad: invalid int value: '0.5'
+mae           | --model vit_giant                          | --model: invalid choice: 'vit_giant'
+mae           | --patch_size 0                             | --patch_size: 0 is not in [1, inf)
+mae           | --patch_size 64                            | is not a whole number of patches of 64
+mae           | --decoder_embed_dim 0                      | --decoder_embed_dim: 0 is not in [4, inf)
+mae           | --decoder_embed_dim 34                     | a width of 34 must be divisible by 4
+mae           | --decoder_depth 0                          | --decoder_depth: 0 is not in [1, inf)
+mae           | --decoder_num_heads 3                      | a width of 32 must be divisible by 4 (positions) and by
+mae           | --decoder_num_heads 0                      | --decoder_num_heads: 0 is not in [1, inf)
+mae           | --mask_ratio 0.99                          | --mask_ratio 0.99 must keep and remove at least one of 16
+mae           | --mask_ratio 0                             | --mask_ratio: 0 is not in (0, 1)
+mae           | --mask_ratio 1                             | --mask_ratio: 1 is not in (0, 1)
+mae           | --mask_ratio nan                           | --mask_ratio: nan is not in (0, 1)
+mae           | --mask_ratio 75%                           | --mask_ratio: invalid float value: '75%'
+mae           | --epochs 0                                 | --epochs: 0 is not in [1, inf)
+mae           | --epochs 1e3                               | --epochs: invalid int value: '1e3'
+mae           | --epochs                                   | --epochs: expected one argument
+mae           | --epoch 3                                  | unrecognized arguments: --epoch 3
+mae           | --warmup_epochs 2                          | --warmup_epochs 2 must be less than --epochs 2
+mae           | --warmup_epochs -1                         | --warmup_epochs: -1 is not in [0, inf)
+mae           | --warmup_epochs nan                        | --warmup_epochs: nan is not in [0, inf)
+mae           | --batch_size 0                             | --batch_size: 0 is not in [1, inf)
+mae           | --batch_size 10 --accum_iter 3             | --batch_size 10 cannot be shared equally by 1 process(es)
+mae           | --accum_iter 0                             | --accum_iter: 0 is not in [1, inf)
+mae           | --blr 0                                    | --blr: 0 is not in (0, inf)
+mae           | --blr inf                                  | --blr: inf is not in (0, inf)
+mae           | --blr nan                                  | --blr: nan is not in (0, inf)
+mae           | --weight_decay -0.1                        | --weight_decay: -0.1 is not in [0, inf)
+mae           | --clip_grad 0                              | --clip_grad: 0 is not in (0, inf)
+mae           | --save_minutes 0                           | --save_minutes: 0 is not in (0, inf]
+mae           | --seed -1                                  | --seed: -1 is not in [0, 4294967296)
+mae           | --seed 4294967296                          | --seed: 4294967296 is not in [0, 4294967296)
+mae           | --device tpu                               | --device: invalid choice: 'tpu'
+mae           | --amp fp8                                  | --amp: invalid choice: 'fp8'
+mae           | --parts 4                                  | unrecognized arguments: --parts 4
+emae          | --mask_ratio 0.75                          | unrecognized arguments: --mask_ratio 0.75
+emae          | --parts 3                                  | --parts 3 must divide the 16 patches
+emae          | --parts 1                                  | --parts: 1 is not in [2, inf)
+emae          | --parts 2                                  | --consistency_weight must be 0 with --parts 2
+emae          | --consistency_weight -1                    | --consistency_weight: -1 is not in [0, inf)
+efficient_mae | --gamma -0.1                               | --gamma: -0.1 is not in [0, inf)
+efficient_mae | --gamma inf                                | --gamma: inf is not in [0, inf)
+efficient_mae | --beta 1.9                                 | --beta must be at least 2
+efficient_mae | --beta 0                                   | --beta: 0 is not in (0, inf]
+efficient_mae | --beta nan                                 | --beta: nan is not in (0, inf]
+efficient_mae | --mask_ratio 0.95                          | --mask_ratio 0.95 must keep and remove at least one of 16
+efficient_mae | --img_size 8 --patch_size 1                | --patch_size must be at least 2
+efficient_mae | --p2dist fast                              | --p2dist: invalid choice: 'fast'
+robust_mae    | --drop_edge 1                              | --drop_edge: 1 is not in [0, 1)
+robust_mae    | --target mean                              | --target: invalid choice: 'mean'
+robust_mae    | --mid_ratio 0.8                            | --mid_ratio must be 0, or from one patch, 1/16
+robust_mae    | --mid_ratio 0.01                           | --mid_ratio must be 0, or from one patch, 1/16
+robust_mae    | --mid_ratio nan                            | --mid_ratio: nan is not in [0, 1)
+robust_mae    | --mid_ratio 0.25 --mid_depth 4             | is from 0 to 3 in vit_micro
+robust_mae    | --mid_depth 2                              | --mid_depth needs --mid_ratio
+sdae          | --norm_pix                                 | unrecognized arguments: --norm_pix
+sdae          | --folds 13                                 | --folds 13 of 12 removed patches: a fold must have 2
+sdae          | --folds 12                                 | --folds 12 of 12
+sdae          | --folds 0                                  | --folds: 0 is not in [1, inf)
+sdae          | --folds 2 --teacher_input full             | --folds needs --teacher_input folds
+sdae          | --teacher_tokens 5                         | --teacher_tokens needs --teacher_input crop
+sdae          | --teacher_input crop --teacher_tokens 1    | --teacher_tokens must be from 2
+sdae          | --teacher_input crop --teacher_tokens 13   | from 2 to the number of removed patches, 12
+sdae          | --mask_ratio 0.99                          | keep and remove at least one
+sdae          | --momentum 0.99 0.9                        | --momentum takes two, from and to, which rises
+sdae          | --momentum 0.9 1                           | --momentum: 1 is not in [0, 1)
+sdae          | --ema never                                | --ema: invalid choice: 'never'
+sdae          | --drop_path 1                              | --drop_path: 1 is not in [0, 1)
+finetune      |                                            | the following arguments are required: --ckpt
+finetune      | --ckpt none --mode probe                   | --mode: invalid choice: 'probe'
+finetune      | --ckpt none --blocks -1                    | --blocks: -1 is not in [0, inf)
+finetune      | --ckpt none --epochs 0                     | --epochs: 0 is not in [1, inf)
+finetune      | --ckpt none --epochs 5                     | --warmup_epochs 5 must be less than --epochs 5
+finetune      | --ckpt none --blr -1                       | --blr: -1 is not in (0, inf)
+finetune      | --ckpt none --min_lr nan                   | --min_lr: nan is not in [0, inf)
+finetune      | --ckpt none --layer_decay 1.1              | --layer_decay: 1.1 is not in (0, 1]
+finetune      | --ckpt none --drop_path 1                  | --drop_path: 1 is not in [0, 1)
+finetune      | --ckpt none --smoothing 1                  | --smoothing: 1 is not in [0, 1)
+finetune      | --ckpt none --erasing 1.5                  | --erasing: 1.5 is not in [0, 1]
+finetune      | --ckpt none --mixup -1                     | --mixup: -1 is not in [0, inf)
+finetune      | --ckpt none --k 0                          | --k: 0 is not in [1, inf)
+finetune      | --ckpt none --temperature 0                | --temperature: 0 is not in (0, inf)
+finetune      | --ckpt none --pool max                     | --pool: invalid choice: 'max'
+finetune      | --ckpt none --batch_size 10 --accum_iter 3 | --batch_size 10 cannot be shared equally
+finetune      | --ckpt none --mode linear --batch_size 2 --accum_iter 2 | at least 2 images for a process
+finetune      | --ckpt none --crop_scale 0.9 0.2           | --crop_scale takes two shares, the least and the most
+finetune      | --ckpt none --norm_pix                     | unrecognized arguments: --norm_pix
+"""
 
 
-@pytest.mark.parametrize(
-    "name, arguments, message",
-    [
-        ("emae", ["--parts", "3"], "--parts 3 must be at least 2 and divide the 16"),
-        ("emae", ["--parts", "1"], "--parts 1 must"),
-        ("emae", ["--parts", "2"], "--consistency_weight"),
-        ("emae", ["--consistency_weight", "-1"], "--consistency_weight"),
-        ("efficient_mae", ["--gamma", "-0.1"], "--gamma"),
-        ("efficient_mae", ["--gamma", "inf"], "--gamma"),
-        ("efficient_mae", ["--beta", "1.9"], "--beta must be at least 2"),
-        ("efficient_mae", ["--beta", "0"], "--beta"),
-        ("efficient_mae", ["--beta", "nan"], "--beta"),
-        ("efficient_mae", ["--mask_ratio", "0.95"], "keep and remove at least one"),
-        ("efficient_mae", ["--img_size", "8", "--patch_size", "1"], "--patch_size must be at least 2"),
-        ("robust_mae", ["--drop_edge", "1"], "--drop_edge"),
-        ("robust_mae", ["--mid_ratio", "0.8"], "--mid_ratio must be 0, or from one patch, 1/16"),
-        ("robust_mae", ["--mid_ratio", "0.01"], "--mid_ratio must be 0, or from one patch, 1/16"),
-        ("robust_mae", ["--mid_ratio", "nan"], "--mid_ratio must be 0, or from one patch, 1/16"),
-        ("robust_mae", ["--mid_ratio", "0.25", "--mid_depth", "4"], "from 0 to 3 in vit_micro"),
-        ("robust_mae", ["--mid_depth", "2"], "--mid_depth needs --mid_ratio"),
-        ("sdae", ["--folds", "13"], "--folds 13 of 12 removed patches: a fold must have 2 or more"),
-        ("sdae", ["--folds", "0"], "--folds 0 of 12"),
-        ("sdae", ["--folds", "12"], "--folds 12 of 12"),
-        ("sdae", ["--mask_ratio", "nan"], "keep and remove at least one"),
-        ("sdae", ["--teacher_input", "crop", "--teacher_tokens", "1"], "--teacher_tokens must be from 2"),
-        ("sdae", ["--folds", "2", "--teacher_input", "full"], "--folds needs --teacher_input folds"),
-        ("sdae", ["--teacher_tokens", "5"], "--teacher_tokens needs --teacher_input crop"),
-        (
-            "sdae",
-            ["--teacher_input", "crop", "--teacher_tokens", "13"],
-            "--teacher_tokens must be from 2 to the number of removed patches, 12",
-        ),
-        ("sdae", ["--momentum", "0.99", "0.9"], "--momentum"),
-        ("sdae", ["--drop_path", "1"], "--drop_path"),
-        ("sdae", ["--mask_ratio", "0.99"], "keep and remove at least one"),
-    ],
-)
-def test_bad_arguments_of_the_four(name, arguments, message):
-    """Refused by the parser, before any data is touched: --data is nowhere."""
-    with pytest.raises(InputError, match=re.escape(message)):
-        SCRIPTS[name].get_args([*small_args("nowhere", "out"), *arguments])
+def bad_commands():
+    for line in BAD_COMMANDS.strip().splitlines():
+        name, arguments, message = (part.strip() for part in line.split(" | "))
+        yield pytest.param(name, arguments.split(), message, id=f"{name} {arguments}")
+
+
+@pytest.mark.parametrize("name, arguments, message", bad_commands())
+def test_bad_arguments(name, arguments, message, capsys, monkeypatch):
+    """Refused in one line that names what is wrong and what is allowed, with exit code 2, before data or devices."""
+    method = {**SCRIPTS, "finetune": finetune}[name]
+    if name != "finetune":
+        arguments = [*small_args("nowhere", "out"), *arguments]
+    try:
+        args = method.get_args(arguments)
+        assert name == "finetune", "accepted"
+        finetune.fill_recipe(args, 768)
+        raise AssertionError("accepted")
+    except InputError as error:
+        said = str(error)
+    except SystemExit as stop:
+        assert stop.code == 2
+        said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_the_readers_of_numbers():
+    """common.number: both ends of an interval, open and closed, NaN, infinities, the kind."""
+    for interval, right, wrong in (
+        ("[1, inf)", [1, 10**30], [0, -1]),
+        ("(0, 1]", [1e-300, 1], [0, 1.0000001, "nan", "inf", "-inf"]),
+        ("[0, 1)", [0, 0.5], [1, -1e-9]),
+        ("(0, inf]", ["inf", 3], [0, "-inf", "nan"]),
+    ):
+        kind = int if interval == "[1, inf)" else float
+        parse = common.number(kind, interval)
+        assert [parse(str(value)) for value in right] == [kind(value) for value in right]
+        for value in wrong:
+            with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"{value} is not in {interval}")):
+                parse(str(value))
+
+
+def test_bad_data_and_folders(folder, tmp_path):
+    """What the parser can't know: one line each, and nothing is written."""
+    for name, method in SCRIPTS.items():
+        for arguments, message in (
+            (["--batch_size", "64"], "48 images are fewer than one batch"),
+            (["--data", "nowhere"], "no data at 'nowhere'"),
+            (["--init_from", str(tmp_path / "none.pt")], "no checkpoint at"),
+        ):
+            with pytest.raises(InputError, match=message):
+                method.main(method.get_args([*small_args(folder, tmp_path / "out"), *arguments]))
+            assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_flags_that_a_method_has_not():
@@ -1690,7 +1789,8 @@ def test_a_method_refuses_anothers_checkpoint(name, run_of, folder, tmp_path):
 
 def test_a_checkpoint_with_arguments_unknown_here_is_refused(tmp_path):
     args = mae.get_args(small_args("x", tmp_path))
-    torch.save({"args": {**vars(args), "drop_edge": 0.3}}, tmp_path / "last.pt")
+    keys = ("model", "optimizer", "scaler", "step", "totals", "seconds", "skipped")
+    torch.save({**dict.fromkeys(keys), "args": {**vars(args), "drop_edge": 0.3}}, tmp_path / "last.pt")
     with pytest.raises(InputError, match="--drop_edge 0.3 there, unknown here"):
         mae.load_checkpoint(tmp_path / "last.pt", args, None, None, None)
 

@@ -28,6 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -298,20 +299,20 @@ class FolderDataset(Dataset):
     in none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root):
-        paths = []
+        found = []      # (path, the folder of root that it is below, "." for root itself)
         for folder, subfolders, names in os.walk(root, followlinks=True):
             subfolders[:] = [name for name in subfolders if name[0] != "."]
-            paths += [os.path.join(folder, name) for name in names
+            top = os.path.relpath(folder, root).split(os.sep)[0]
+            found += [(os.path.join(folder, name), top) for name in names
                       if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
-        paths.sort()
-        if not paths:
+        found.sort()
+        if not found:
             raise InputError(f"no image below '{root}' (looked for {' '.join(IMG_EXTENSIONS)})")
-        folders = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
-        self.stray = next((path for path, parts in zip(paths, folders) if not parts), None)
-        self.classes = sorted({parts[0] for parts in folders}) if self.stray is None else None
+        self.stray = next((path for path, top in found if top == "."), None)
+        self.classes = sorted({top for _, top in found}) if self.stray is None else None
         numbers = {name: i for i, name in enumerate(self.classes or [])}
-        self.labels = np.array([numbers[parts[0]] if numbers else -1 for parts in folders])
-        self.paths = np.array([os.fsencode(path) for path in paths])    # workers share an array's memory, not a list's
+        self.labels = np.array([numbers[top] if numbers else -1 for _, top in found])
+        self.paths = np.array([os.fsencode(path) for path, _ in found])     # workers share its memory, not a list's
 
     def __len__(self):
         return len(self.paths)
@@ -526,7 +527,7 @@ def make_loader(crops, batches, num_workers, device, skipped=None):
     for imgs, labels, news in DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
                                          pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone):
         for reason in news.keys() - skipped.keys():
-            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+            tqdm.write(f"skipped: {reason}", file=sys.stderr)
         skipped.update({**news, **skipped})
         crops.check(skipped)
         yield imgs, labels
@@ -594,9 +595,9 @@ def check_output(output, size):
         raise InputError(f"cannot write into --output_dir {output}: {error.strerror}") from error
     for leftover in output.glob("*.pt.tmp"):    # of a run that was killed while saving
         leftover.unlink()
-    free = shutil.disk_usage(output).free
+    free, size = shutil.disk_usage(output).free / 1e9, size / 1e9
     if free < size:
-        raise InputError(f"--output_dir {output} has {free / 1e9:.3g} GB free, and a checkpoint takes {size / 1e9:.3g}")
+        raise InputError(f"--output_dir {output} has {free:.3g} GB free, and a checkpoint takes {size:.3g} GB")
 
 
 def save(obj, path):
@@ -613,8 +614,8 @@ def save(obj, path):
             os.unlink(f"{path}.tmp")
         except OSError:
             pass
-        raise OSError(f"{path} could not be written, the disk may be full ({str(error).splitlines()[0]}); "
-                      f"an older one is still whole") from error
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"{path} could not be written ({reason}); an older one is still whole") from error
 
 
 def load(path, *needed):
@@ -645,11 +646,13 @@ def load_weights(path, model):
         if name.startswith(ENCODER_PARTS) and name not in weights:
             raise InputError(f"'{path}' lacks the encoder's {name}")
         if name in weights and weights[name].shape != value.shape:
-            raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, here {tuple(value.shape)}")
-    model.load_state_dict({name: weights[name] for name in own.keys() & weights.keys()}, strict=False)
-    new = [name for name in own if name not in weights]
+            raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, here {tuple(value.shape)}; an "
+                             f"encoder.pt has the encoder alone")
+    taken = {name: weights[name] for name in own if name in weights}
+    model.load_state_dict(taken, strict=False)
     if os.environ.get("RANK", "0") == "0":
-        print(f"weights from {path}" + f", but for {len(new)} tensors that it lacks, such as {new[:1]}" * bool(new))
+        print(f"weights from {path}: {len(taken)} tensors; {len(own) - len(taken)} that it lacks start anew, "
+              f"{len(weights) - len(taken)} that it has are not needed (fixed positions, say)")
 
 
 def gather(obj):

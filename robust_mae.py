@@ -521,5 +521,5 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except (InputError, OSError, FloatingPointError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        tqdm.write(f"{Path(__file__).name}: error: {error}", file=sys.stderr)    # on a line of its own
         sys.exit(2 if isinstance(error, InputError) else 1)

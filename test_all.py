@@ -7,19 +7,26 @@ test needs a GPU or a data set: images are drawn.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import io
+import itertools
 import json
 import math
 import operator
+import os
 import pickle
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 import tokenize
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +63,10 @@ def fresh_seed(request):
     print(f"seed {seed}")
     torch.manual_seed(seed)
     np.random.seed(seed)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():  # a script catches both
+        signal.signal(number, handler)
 
 
 def shake(model):
@@ -1714,15 +1725,11 @@ finetune      | --ckpt none --norm_pix                     | unrecognized argume
 """
 
 
-def bad_commands():
-    for line in BAD_COMMANDS.strip().splitlines():
-        name, arguments, message = (part.strip() for part in line.split(" | "))
-        yield pytest.param(name, arguments.split(), message, id=f"{name} {arguments}")
-
-
-@pytest.mark.parametrize("name, arguments, message", bad_commands())
-def test_bad_arguments(name, arguments, message, capsys, monkeypatch):
+@pytest.mark.parametrize("command", BAD_COMMANDS.strip().splitlines())
+def test_bad_arguments(command, capsys):
     """Refused in one line that names what is wrong and what is allowed, with exit code 2, before data or devices."""
+    name, arguments, message = (part.strip() for part in command.split(" | "))
+    arguments = arguments.split()
     method = {**SCRIPTS, "finetune": finetune}[name]
     if name != "finetune":
         arguments = [*small_args("nowhere", "out"), *arguments]
@@ -2307,6 +2314,766 @@ def test_another_image_size(folder, pretrained, tmp_path):
     )
     assert finetune.main(args)["images"] == 21
     assert torch.load(tmp_path / "last.pt", weights_only=True)["model"]["pos_embed"].shape == (1, 37, 128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are left alone
+# ---------------------------------------------------------------------------------------------------------------------
+def state_of(output):
+    """What a run must end with whatever interrupts it: the step, weights and optimiser, the log but for its times."""
+    last = torch.load(output / "last.pt", weights_only=True)
+    tensors = [*last["model"].values(), *(x for state in last["optimizer"]["state"].values() for x in state.values())]
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    for line in log:
+        del line["seconds"], line["images_per_s"]
+    return last["step"], [x.numpy().tobytes() for x in tensors], log
+
+
+def tune_args(folder, output, *more):
+    """The same for finetune.py."""
+    words = f"--ckpt none --model vit_micro --img_size 32 --patch_size 8 --data {{}} --output_dir {output} --epochs 2"
+    words = [*f"{words} --warmup_epochs 1 --batch_size 16 --num_workers 0".split(), *more]
+    return [str(folder) if word == "{}" else word for word in words]
+
+
+RUNS = {name: (method, small_args) for name, method in SCRIPTS.items()} | {"finetune": (finetune, tune_args)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", RUNS)
+def test_signals_save_in_the_middle_of_an_epoch(name, number, folder, tmp_path, monkeypatch, capsys):
+    """During its second and its fifth step of six: what follows is as if nothing had been."""
+    method, arguments = RUNS[name]
+    whole, broken = (method.get_args(arguments(folder, tmp_path / run)) for run in ("whole", "broken"))
+    method.main(whole)
+    for at in (2, 5):
+        with monkeypatch.context() as patch:
+
+            def spy(epoch, args, learning_rate=method.learning_rate):
+                if round(3 * epoch, 6) == at - 1:  # three steps an epoch
+                    signal.raise_signal(number)
+                return learning_rate(epoch, args)
+
+            patch.setattr(method, "learning_rate", spy)
+            with pytest.raises(SystemExit) as stop:
+                method.main(broken)
+        assert stop.value.code == 128 + number
+        assert f"{number.name}: saved after step {at}" in capsys.readouterr().out
+        assert torch.load(tmp_path / "broken/last.pt", weights_only=True)["step"] == at
+        assert len((tmp_path / "broken/log.jsonl").read_text().splitlines()) == at // 3 if at > 2 else True
+        signal.signal(number, signal.default_int_handler)
+    method.main(broken)
+    assert state_of(tmp_path / "broken") == state_of(tmp_path / "whole")
+    assert len(state_of(tmp_path / "whole")[2]) == 2
+
+
+def test_save_requests_between_processes(monkeypatch):
+    """What one process wishes all do, one step later; the time to save is the first process's; a second signal ends a
+    process, but not under torchrun."""
+    requests = common.SaveRequests(0, math.inf)
+    assert requests.poll() == 0
+    signal.raise_signal(signal.SIGTERM)
+    assert requests.poll() == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert common.SaveRequests(0, 1e-9).poll() == 1 and common.SaveRequests(1, 1e-9).poll() == 0
+    monkeypatch.setenv("RANK", "0")
+    requests = common.SaveRequests(0, 1e-9)
+    signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
+    assert requests.poll() == signal.SIGINT and signal.getsignal(signal.SIGINT) == requests.note
+
+
+def test_saves_as_often_as_it_says(folder, tmp_path, monkeypatch):
+    """Every step with --save_minutes near 0, and a run that goes on from any of these ends the same."""
+    steps = []
+
+    def keep(obj, path, save=common.save):
+        save(obj, path)
+        if path.name == "last.pt":
+            steps.append(obj["step"])
+            shutil.copy(path, tmp_path / f"{obj['step']}.pt")
+
+    for name, (method, arguments) in RUNS.items():
+        monkeypatch.setattr(method, "save", keep)
+        output = tmp_path / name
+        args = method.get_args(arguments(folder, output, "--save_minutes", "1e-9", "--accum_iter", "2"))
+        method.main(args)
+        whole = state_of(output)
+        assert steps == [1, 2, 3, 4, 5, 6]
+        for step in (2, 3, 4):  # the log that this run has left is cut, and a line half written with it
+            shutil.copy(tmp_path / f"{step}.pt", output / "last.pt")
+            with open(output / "log.jsonl", "a") as log:
+                log.write('{"epoch": 2, "lo')
+            method.main(args)
+            assert state_of(output) == whole
+        steps.clear()
+
+
+def test_finetune_stopped_in_an_evaluation(folder, tmp_path, monkeypatch):
+    """Training is saved by then; started again, it evaluates and writes the line that is missing."""
+    whole, broken = (finetune.get_args(tune_args(folder, tmp_path / run)) for run in ("whole", "broken"))
+    result = finetune.main(whole)
+
+    def evaluate(model, loader, normalize, dtype, caught, evaluate=finetune.evaluate):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(model, loader, normalize, dtype, caught)
+
+    for step in (3, 6):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "evaluate", evaluate)
+            with pytest.raises(SystemExit) as stop:
+                finetune.main(broken)
+        assert stop.value.code == 143
+        assert torch.load(tmp_path / "broken/last.pt", weights_only=True)["step"] == step
+        assert len((tmp_path / "broken/log.jsonl").read_text().splitlines() if step > 3 else "0") == 1
+        if step == 3:  # goes on to the next evaluation
+            finetune.end = None
+            with monkeypatch.context() as patch:
+                calls = itertools.count()
+                patch.setattr(
+                    finetune,
+                    "evaluate",
+                    lambda *arguments, plain=finetune.evaluate: (evaluate if next(calls) else plain)(*arguments),
+                )
+                with pytest.raises(SystemExit):
+                    finetune.main(broken)
+    assert finetune.main(broken) | {"args": 0} == result | {"args": 0}
+    assert state_of(tmp_path / "broken") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name, workers", [("robust_mae", 2), ("finetune", 1)])
+def test_killed_and_started_again(name, workers, folder, tmp_path):
+    """SIGKILL at random moments; the log of a hundred such kills is in results/robustness."""
+    method, arguments = RUNS[name]
+    words = lambda run: arguments(
+        folder, tmp_path / run, "--epochs", "30", "--save_minutes", "0.003", "--num_workers", str(workers)
+    )
+    command = [sys.executable, f"{name}.py", *words("broken")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    steps = []
+    for _ in range(3):
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while b"effective batch" not in run.stdout.readline():
+            assert run.poll() is None, run.stderr.read()
+        time.sleep(random.uniform(0.2, 1.2))
+        run.kill()
+        run.communicate()
+        last = tmp_path / "broken" / "last.pt"
+        steps.append(torch.load(last, weights_only=True)["step"] if last.exists() else 0)
+    print("steps", steps)
+    assert 0 < steps[-1] < 90 and steps == sorted(steps)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    method.main(method.get_args(words("whole")))
+    assert state_of(tmp_path / "broken") == state_of(tmp_path / "whole")
+    assert not list((tmp_path / "broken").glob("*.tmp"))
+
+
+def processes_of(text):
+    """Other processes that have `text` in their command lines."""
+    found = subprocess.run(["pgrep", "-f", text], capture_output=True, text=True).stdout.split()
+    return [pid for pid in found if int(pid) != os.getpid()]
+
+
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="looks for processes with pgrep")
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "bad file", "success"])
+def test_nothing_is_left_behind(ending, folder, tmp_path):
+    """Loader workers too get the signal, as from a terminal: the run still saves. No worker or file outlives a run."""
+    data, output = tmp_path / f"images {ending}", tmp_path / "out"
+    shutil.copytree(folder / "train", data)
+    epochs = "2" if ending == "success" else "2000"
+    if ending == "bad file":
+        (data / "class 0 é" / "broken.png").write_bytes(b"no image")
+    command = [sys.executable, "mae.py", *small_args(data, output, "--num_workers", "2", "--epochs", epochs)]
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if ending.startswith("SIG"):
+        while not (output / "log.jsonl").exists():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.05)
+        assert len(processes_of(str(data))) == 3
+        os.killpg(run.pid, getattr(signal, ending))
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == {"SIGINT": 130, "SIGTERM": 143, "bad file": 2, "success": 0}[ending], errors
+    assert "Traceback" not in errors
+    for _ in range(100):
+        if not processes_of(str(data)):
+            break
+        time.sleep(0.05)
+    assert not processes_of(str(data)) and not list(output.glob("*.tmp"))
+    if ending.startswith("SIG"):
+        assert f"{ending}: saved after step" in said and (output / "last.pt").exists()
+
+
+def test_memory_does_not_grow(folder, tmp_path, monkeypatch):
+    """The host's, over 300 steps."""
+    sizes = []
+    learning_rate = mae.learning_rate
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def spy(epoch, args):
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20)
+        return learning_rate(epoch, args)
+
+    monkeypatch.setattr(mae, "learning_rate", spy)
+    mae.main(mae.get_args(small_args(folder, tmp_path, "--epochs", "110")))
+    assert len(sizes) == 330
+    early, late = np.median(sizes[30:60]), np.median(sizes[-30:])
+    print(f"{early:.1f} MiB at steps 30 to 60, {late:.1f} at 300 to 330")
+    assert late - early < 15
+
+
+# ---- checkpoints
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    """A write that fails in the middle (here: files may not grow past 100 kB) leaves the old one, and nothing else."""
+    code = f"""
+import resource, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import common
+common.save({{"step": 1}}, {str(tmp_path / "last.pt")!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+try:
+    common.save({{"step": 2, "model": torch.zeros(10**6)}}, {str(tmp_path / "last.pt")!r})
+except OSError as error:
+    print("OSError:", error)
+"""
+    done = script("-c", code)
+    assert done.stdout.startswith(f"OSError: {tmp_path}/last.pt could not be written (is the disk full?); "), done
+    assert len(done.stdout.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert common.load(tmp_path / "last.pt") == {"step": 1}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_full_disk(name, folder, tmp_path):
+    """As a command: one line, exit code 1, the last checkpoint whole, and the same command goes on."""
+    method, arguments = RUNS[name]
+    command = [f"{name}.py", *arguments(folder, tmp_path / "out")]
+    code = f"""
+import resource, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = {command!r}
+import common
+save, saved = common.save, []
+def full(obj, path):
+    if saved:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+    saved.append(save(obj, path))
+common.save = full
+runpy.run_path({str(ROOT / command[0])!r}, run_name="__main__")
+"""
+    done = script("-c", code)
+    errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if "es/s" not in line and line.strip()]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"{name}.py: error: {tmp_path}/out/last.pt could not be written"), errors
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == 3
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    method.main(method.get_args(arguments(folder, tmp_path / "out")))
+    method.main(method.get_args(arguments(folder, tmp_path / "whole")))
+    assert state_of(tmp_path / "out") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_output_folder_is_checked_before_training(name, folder, tmp_path, monkeypatch):
+    method, arguments = RUNS[name]
+
+    def refused(output, message):
+        with monkeypatch.context() as patch:
+            patch.setattr(method, "make_loader", lambda *_: pytest.fail("data was touched"))
+            with pytest.raises(InputError, match=message):
+                method.main(method.get_args(arguments(folder, output)))
+
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "cannot write into --output_dir .*file: File exists")
+    refused(tmp_path / "file" / "below", "cannot write into --output_dir .*below: Not a directory")
+    with monkeypatch.context() as patch:
+        patch.setattr(common.shutil, "disk_usage", lambda path: argparse.Namespace(free=10**6))
+        refused(tmp_path / "out", "has 0.001 GB free, and a checkpoint takes 0.0")
+    (tmp_path / "out/last.pt.tmp").write_text("of a run that was killed while saving")
+    sizes = []
+    monkeypatch.setattr(
+        method, "check_output", lambda output, size: sizes.append(common.check_output(output, size) or size)
+    )
+    method.main(method.get_args(arguments(folder, tmp_path / "out")))
+    assert sizes[-1] == pytest.approx((tmp_path / "out/last.pt").stat().st_size, rel=0.1)  # what it asks for is right
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_starting_over_loses_nothing(folder, tmp_path):
+    run = lambda *more: mae.main(
+        mae.get_args(small_args(folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0", *more))
+    )
+    run()
+    first = state_of(tmp_path)
+    run("--no_resume", "--seed", "1"), run("--no_resume", "--seed", "2")
+    names = ["encoder", "last", "log"]
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "reconstruction",
+        *names,
+        *(f"{name}.{i}" for name in names for i in (1, 2)),
+    }
+    kept = torch.load(tmp_path / "last.1.pt", weights_only=True)
+    assert [x.numpy().tobytes() for x in kept["model"].values()] == first[1][: len(kept["model"])]
+    assert [torch.load(tmp_path / f"last.{i}.pt", weights_only=True)["args"]["seed"] for i in (1, 2)] == [0, 1]
+    assert torch.load(tmp_path / "encoder.2.pt", weights_only=True)["args"]["seed"] == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_init_from(name, run_of, folder, public_checkpoint, tmp_path, capsys):
+    """A new run, at step 0, from the weights of a whole model, of an encoder alone, or of a public checkpoint."""
+    method = SCRIPTS[name]
+    if name == "sdae":  # its decoder predicts features, not pixels
+        with pytest.raises(InputError, match="decoder_pred.weight has shape .* alone"):
+            method.main(method.get_args(small_args(folder, tmp_path / "x", "--init_from", str(public_checkpoint))))
+        public_checkpoint = run_of("mae") / "encoder.pt"
+    for source in (run_of(name) / "last.pt", run_of("sdae") / "encoder.pt", public_checkpoint):
+        output = tmp_path / f"{source.parent.name}_{source.stem}"
+        given = torch.load(source, weights_only=source != public_checkpoint)["model"]
+        args = method.get_args(small_args(folder, output, "--init_from", str(source), "--blr", "1e-30"))
+        method.main(args)  # the rate is 0, but for rounding
+        last = torch.load(output / "last.pt", weights_only=True)
+        assert last["step"] == 6 and last["args"]["init_from"] == str(source)
+        taken = [
+            key for key in last["model"] if key in given and not key.startswith(("patch_m", "patch_v", "teacher."))
+        ]
+        assert len(taken) > 50 and all(torch.allclose(last["model"][key], given[key], atol=1e-20) for key in taken)
+        assert f"weights from {source}: " in capsys.readouterr().out
+        for key, value in last["model"].items():  # SdAE's teacher starts as the student's copy
+            if key.startswith("teacher."):
+                torch.testing.assert_close(value, last["model"][key.removeprefix("teacher.")], atol=1e-6, rtol=0)
+        method.main(args)  # finished: goes on from last.pt, not from the weights
+        with pytest.raises(InputError, match="--init_from .* there, None here"):
+            method.main(method.get_args(small_args(folder, output, "--blr", "1e-30")))
+
+
+def test_init_from_another_image_size(folder, pretrained, tmp_path):
+    """Positions are fixed, and the new model's own; other patches are refused."""
+    first = [*small_args(folder, tmp_path / "out"), "--init_from", str(pretrained / "last.pt"), "--blr", "1e-30"]
+    mae.main(mae.get_args([*first, "--img_size", "48", "40"]))
+    weights = torch.load(tmp_path / "out/last.pt", weights_only=True)["model"]
+    torch.testing.assert_close(weights["pos_embed"][0, 1:], common.sincos_pos_embed(128, (6, 5)))
+    for more, name in (
+        (["--patch_size", "16"], "patch_embed.proj.weight"),
+        (["--decoder_embed_dim", "64"], "mask_token"),
+    ):
+        with pytest.raises(InputError, match=f"{name} has shape"):
+            mae.main(mae.get_args([*first, "--no_resume", *more]))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_checkpoints_that_are_not_to_be_trusted(name, run_of, folder, tmp_path, monkeypatch):
+    """In the output folder or as --init_from: one line, no code has run, no advice to switch the safety off."""
+    monkeypatch.chdir(tmp_path)
+    method = SCRIPTS[name]
+    whole = (run_of(name) / "last.pt").read_bytes()
+    last = torch.load(run_of(name) / "last.pt", weights_only=True)
+    path = tmp_path / "out" / "last.pt"
+    path.parent.mkdir()
+
+    def refused(message):
+        for words in (
+            small_args(folder, tmp_path / "out"),
+            small_args(folder, tmp_path / "new", "--init_from", str(path)),
+        ):
+            with pytest.raises(InputError) as caught:
+                method.main(method.get_args(words))
+            said = str(caught.value)
+            assert re.search(message, said) and str(path) in said and "\n" not in said, said
+            assert "weights_only" not in said and not (tmp_path / "code_has_run").exists()
+
+    torch.save({**last, "extra": Evil()}, path)
+    refused(r"holds more than tensors and plain containers \(UnpicklingError\); it was not loaded")
+    path.write_bytes(pickle.dumps(Evil()))
+    refused("it was not loaded")
+    for content in (whole[: len(whole) // 2], whole[:-100], b"", b"hello", whole[:1000] + bytes(1000) + whole[2000:]):
+        path.write_bytes(content)
+        refused("is no checkpoint, is cut short")
+    torch.save([1, 2], path)
+    refused("no checkpoint to go on from: it has no model, optimizer|lacks the encoder's cls_token")
+    torch.save({"model": {"conv1.weight": torch.zeros(3)}, "args": {}}, path)
+    refused("it has no optimizer, scaler|lacks the encoder's cls_token")
+    shutil.copy(run_of(name) / "encoder.pt", path)
+    with pytest.raises(InputError, match="is no checkpoint to go on from: it has no optimizer"):
+        method.main(method.get_args(small_args(folder, tmp_path / "out")))
+
+
+def test_nothing_is_unpickled_unsafely():
+    """Every torch.load in the repository's programs says weights_only=True, and nothing else unpickles."""
+    loads = 0
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("results/**/*.py")]:
+        if path.name == "test_all.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None)]
+                assert not {"pickle", "cloudpickle", "dill", "joblib", "shelve"} & set(names), path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+                assert ast.unparse(node.func) == "torch.load", path
+                assert [ast.unparse(word.value) for word in node.keywords if word.arg == "weights_only"] == ["True"], (
+                    path
+                )
+                loads += 1
+    assert loads >= 1
+
+
+def test_precision_and_clipping_may_change(folder, tmp_path, capsys):
+    """They may mend a run that diverged: it goes on, and says so; everything else is another run."""
+    run = lambda *more: mae.main(mae.get_args(small_args(folder, tmp_path, "--amp", "none", *more)))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mae, "save", stop_after_saving)
+        run()
+    run("--amp", "bf16", "--clip_grad", "1")
+    said = capsys.readouterr().out
+    assert (
+        "going on with" in said and "--amp none there, bf16 here" in said and "--clip_grad None there, 1.0 here" in said
+    )
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 6
+    with pytest.raises(InputError, match="--weight_decay 0.05 there, 0.1 here"):
+        run("--weight_decay", "0.1")
+
+
+# ---- values that are not finite
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_diverges_stops(name, folder, tmp_path):
+    """With the step, the rate, the gradient's norm and advice; what was saved before is finite."""
+    method, arguments = RUNS[name]
+    more = ["--blr", "1e30", "--epochs", "6", "--warmup_epochs", "5.9", "--save_minutes", "1e-9"]
+    with pytest.raises(FloatingPointError) as caught:
+        method.main(method.get_args(arguments(folder, tmp_path, *more)))
+    said = re.fullmatch(
+        r"not finite at step (\d+): loss (\S+), gradient norm (\S+), learning rate (\S+) \(norm of the weights by now: "
+        r"\S+\)\. The last checkpoint is from before that\. Go on from it with --clip_grad 1, or start over with a "
+        r"smaller --blr", str(caught.value)
+    )  # fmt: skip
+    step, lr = int(said[1]), float(said[4])
+    args = method.get_args(arguments(folder, tmp_path, *more))
+    if name == "finetune":
+        finetune.fill_recipe(args, 128)
+    assert lr == pytest.approx(method.learning_rate(step / 3, args), rel=1e-4)
+    if (tmp_path / "last.pt").exists():
+        last = torch.load(tmp_path / "last.pt", weights_only=True)
+        assert last["step"] <= step and all(x.isfinite().all() for x in last["model"].values() if x.is_floating_point())
+    else:
+        assert step <= 1
+    done = script(f"{name}.py", *arguments(folder, tmp_path / "command", *more))
+    assert done.returncode == 1 and f"{name}.py: error: not finite at step" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_not_finite():
+    model = torch.nn.Linear(2, 2)
+    off, on = torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=4.0)
+    window = lambda *rows: [(step, 0.1 * step, torch.tensor(row)) for step, row in enumerate(rows, 7)]
+    check = lambda rows, scaler=off, clip=None: common.check_finite(window(*rows), model, scaler, clip)
+    nan, inf = math.nan, math.inf
+    check([[1.0, 5.0, 2.0]] * 3)
+    check([[1.0, 5.0, inf]] * 3, on)  # float16: the scaler skips the step
+    for rows, scaler, step in (
+        ([[1.0, 2.0], [nan, 2.0], [nan, nan]], off, 8),
+        ([[1.0, 2.0], [1.0, inf], [1.0, 2.0]], off, 8),
+        ([[inf, 2.0], [1.0, 2.0], [1.0, 2.0]], off, 7),
+        ([[1.0, 2.0], [nan, inf], [1.0, 2.0]], on, 8),
+    ):
+        with pytest.raises(FloatingPointError, match=rf"at step {step}: .*learning rate {0.1 * step:g}"):
+            check(rows, scaler)
+    with pytest.raises(FloatingPointError, match="--amp bf16 or --amp none"):
+        check([[1.0, inf]], torch.amp.GradScaler("cpu", init_scale=0.5))
+    with pytest.raises(FloatingPointError, match="--clip_grad 0.3"):
+        check([[1.0, nan]], clip=3.0)
+    with torch.no_grad():
+        model.bias[1] = nan  # a weight alone: reported at the last step
+    with pytest.raises(FloatingPointError, match="at step 8: loss 1, gradient norm 2, .*weights by now: nan"):
+        check([[1.0, 2.0], [1.0, 2.0]])
+
+
+def test_no_weight_that_is_not_finite_is_saved(folder, tmp_path, monkeypatch):
+    """Not even where loss and gradients look well."""
+    update, steps = torch.optim.AdamW.step, itertools.count(1)
+
+    def spoil(self, *arguments, **more):
+        update(self, *arguments, **more)
+        if next(steps) == 5:
+            with torch.no_grad():
+                self.param_groups[1]["params"][-1].fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    monkeypatch.setattr(torch.optim.AdamW.step, "hooked", True, raising=False)
+    with pytest.raises(FloatingPointError, match="at step"):
+        mae.main(mae.get_args(small_args(folder, tmp_path, "--save_minutes", "1e-9")))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_clipping(name, folder, tmp_path, monkeypatch):
+    """AdamW's first moment after one step is (1 - β1) times the gradient: clipped, its norm is the limit's share."""
+    method, arguments = RUNS[name]
+    norms, moments = [], []
+    for limit in (None, "0.001"):
+        output = tmp_path / str(limit)
+        more = ["--save_minutes", "1e-9", *(["--clip_grad", limit] if limit else [])]
+        with monkeypatch.context() as patch:
+            patch.setattr(method, "save", stop_after_saving)
+            with pytest.raises(KeyboardInterrupt):
+                method.main(method.get_args(arguments(folder, output, *more)))
+        last = torch.load(output / "last.pt", weights_only=True)
+        assert last["step"] == 1
+        moments.append(torch.cat([state["exp_avg"].flatten() for state in last["optimizer"]["state"].values()]))
+        norms.append(last["totals"][0][-1])
+    assert norms[0] == norms[1] > 0.01  # what is reported is the norm before clipping
+    assert moments[0].norm().item() == pytest.approx(0.1 * norms[0], rel=1e-4)
+    torch.testing.assert_close(moments[1], moments[0] * 0.001 / norms[0], atol=1e-8, rtol=1e-3)
+
+
+def test_float16_with_a_scaler(folder, tmp_path, capsys):
+    """On the CPU too: it trains, skips steps that overflow, and goes on exactly, the scaler's state included."""
+    for run in ("whole", "broken"):
+        args = mae.get_args(small_args(folder, tmp_path / run, "--amp", "fp16", "--save_minutes", "1e-9"))
+        if run == "broken":
+            with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mae, "save", stop_after_saving)
+                mae.main(args)
+            assert torch.load(tmp_path / "broken/last.pt", weights_only=True)["step"] == 1
+        mae.main(args)
+    assert state_of(tmp_path / "broken") == state_of(tmp_path / "whole")
+    assert torch.load(tmp_path / "whole/last.pt", weights_only=True)["scaler"]["scale"] >= 1
+
+
+# ---- bad files
+def spoil(root):
+    """Images that can't be read, of every kind, beside the whole ones; returns their names."""
+    some = sorted((root / "class 0 é").iterdir())
+    png = some[0].read_bytes()
+    photo(3, (400, 300)).save(root / "whole.jpg", quality=95)
+    jpg = (root / "whole.jpg").read_bytes()
+    (root / "whole.jpg").unlink()
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    bomb = header + zlib.crc32(header[12:]).to_bytes(4, "big")
+    broken = {
+        "cut short.jpg": jpg[: len(jpg) // 2],
+        "cut short é.png": png[: len(png) // 2],
+        "no bytes.jpg": b"",
+        "text.jpg": b"I am not an image.",
+        "bomb.png": bomb,  # 20,000 × 20,000 pixels in 33 bytes
+    }
+    for name, content in broken.items():
+        (root / "class 1 é" / name).write_bytes(content)
+    (root / "class 1 é" / "dangling.jpg").symlink_to("nowhere.jpg")
+    (root / "class 3, empty").mkdir()
+    return {*broken, "dangling.jpg"}
+
+
+def test_bad_files_stop_a_run_by_their_path(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "all")
+    for name in spoil(tmp_path / "all"):
+        data = tmp_path / name.split(".")[0]
+        shutil.copytree(folder / "train", data)
+        shutil.copy(tmp_path / "all/class 1 é" / name, data / "class 1 é" / name, follow_symlinks=False)
+        more = "--batch_size 49 --epochs 1 --warmup_epochs 0 --num_workers".split()
+        workers = "1" if name == "no bytes.jpg" else "0"
+        with pytest.raises(InputError) as caught:
+            mae.main(mae.get_args(small_args(data, tmp_path / "out", *more, workers)))
+        said = str(caught.value)
+        assert name in said and "more such files than --skip_bad 0 allows" in said and "\n" not in said, said
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_skipping_bad_files(name, folder, tmp_path, capsys):
+    """Each is replaced, the same way whatever loads it, counted once and listed in the epoch that met it first."""
+    method, arguments = RUNS[name]
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    bad = spoil(data / "train")
+    logs = []
+    for workers, minutes in ((0, "inf"), (2, "1e-9")):
+        output = tmp_path / str(workers)
+        more = ["--skip_bad", "6", "--num_workers", str(workers), "--save_minutes", minutes, "--epochs", "3"]
+        method.main(method.get_args(arguments(data, output, *more)))
+        logs.append(state_of(output))
+        assert capsys.readouterr().err.count("skipped: ") == len(logs[-1][2][-1] and last_skipped(output))
+    assert logs[0] == logs[1]
+    log = logs[0][2]
+    found = [next(name for name in bad if f"/{name}'" in reason) for line in log for reason in line["newly_skipped"]]
+    assert len(found) == len(set(found)) == log[-1]["skipped"] >= 5 and set(found) <= bad
+    assert [line["skipped"] for line in log] == list(np.cumsum([len(line["newly_skipped"]) for line in log]))
+    with pytest.raises(InputError, match="more such files than --skip_bad 2 allows"):
+        method.main(method.get_args(arguments(data, tmp_path / "few", "--skip_bad", "2", "--epochs", "3")))
+    before = (
+        torch.load(tmp_path / "few/last.pt", weights_only=True)["step"] if (tmp_path / "few/last.pt").exists() else 0
+    )
+    method.main(method.get_args(arguments(data, tmp_path / "few", "--skip_bad", "6", "--epochs", "3")))  # and goes on
+    assert before < 9 and state_of(tmp_path / "few")[:2] == logs[0][:2]
+
+
+def last_skipped(output):
+    return torch.load(output / "last.pt", weights_only=True)["skipped"]
+
+
+def test_what_replaces_a_bad_file(folder, tmp_path):
+    """The next that can be read, its label too, cropped as the bad one's epoch and index say; around the end."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "train", data)
+    paths = sorted(data.rglob("*.png"))
+    for path in (paths[4], paths[5], paths[-1]):
+        path.write_bytes(b"")
+    source = common.load_dataset(str(data), "pretrain")
+    crops = common.Crops(source, common.train_transform(32, (0.2, 1.0)), seed=1, skip_bad=2)
+    img, label, skipped = crops[2, 4]
+    with torch.random.fork_rng():
+        torch.manual_seed(common.seed_from(1, 2, 4))
+        assert torch.equal(img, crops.transform(source[6][0])) and label == source[6][1]
+    assert list(skipped.values()) == [2, 2] and all(str(p) in r for p, r in zip(paths[4:6], skipped))
+    assert crops[0, 47][1] == source[0][1] and len(crops[0, 47][2]) == 1
+    strict = common.Crops(source, crops.transform, 1)  # evaluation: nothing may be replaced
+    with pytest.raises(InputError) as caught:
+        strict[0, 4]
+    assert "skip_bad" not in str(caught.value)
+
+
+def test_evaluation_replaces_nothing(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    (data / "val" / "class 0 é" / "000.png").write_bytes(b"")
+    with pytest.raises(InputError, match="000.png' cannot be used as an image"):
+        finetune.main(finetune.get_args(tune_args(data, tmp_path / "out", "--skip_bad", "9", "--epochs", "2")))
+
+
+def test_files_that_may_not_be_read(folder, tmp_path, monkeypatch):
+    """No permission: as root one may read anything, so the refusal is made here."""
+    plain = open
+
+    def refuse(path, *arguments, **more):
+        if str(path).endswith("003.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **more)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match="003.png' cannot be used as an image: PermissionError"):
+        mae.main(mae.get_args(small_args(folder, tmp_path / "out", "--batch_size", "48")))
+
+
+def test_a_hundred_thousand_files(tmp_path):
+    """Links to one image, in folders with spaces and signs: found in seconds, in order, in little memory."""
+    for i in range(10):
+        photo(i).save(tmp_path / f"{i}.png")
+    for i in range(100):
+        (tmp_path / "data" / f"ordner {i:02d} ß 画像").mkdir(parents=True)
+    begin = time.time()
+    for i in range(100_000):
+        os.link(tmp_path / f"{i % 10}.png", tmp_path / "data" / f"ordner {i % 100:02d} ß 画像" / f"bild {i} ü.png")
+    made = time.time() - begin
+    source = common.load_dataset(str(tmp_path / "data"), "pretrain")
+    print(f"made in {made:.1f} s, found in {time.time() - begin - made:.1f} s")
+    assert len(source) == 100_000 and len(source.classes) == 100 and source.paths.nbytes < 20e6
+    assert source[99_999][0].size == (48, 40) and source[99_999][1] == 99
+    batch = next(iter(common.GlobalBatches(len(source), 4096, epochs=1)))
+    assert len(set(batch)) == 4096
+
+
+# ---- several processes
+GRADIENTS = """
+import hashlib, importlib, itertools, os, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+folder, output = sys.argv[2:4]
+world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+torch.set_num_threads(1)
+noise = torch.rand(12, 16, generator=torch.Generator().manual_seed(0))
+ports = iter(sys.argv[5:])
+methods = {"mae": "", "emae": "", "efficient_mae": "", "robust_mae": "--drop_edge 0", "sdae": "--drop_path 0"}
+for name, own in methods.items():
+    method = importlib.import_module(name)
+    build = method.build_model
+    for accum in (1, 2):
+        os.environ["MASTER_PORT"] = next(ports)
+        models = []
+        def build_model(args):          # as it is, but with masks that depend on the place in the global batch alone
+            model, part = build(args), itertools.count()
+            forward = model.forward
+            def fixed(imgs):
+                first = (next(part) * world + rank) * len(imgs)
+                return forward(imgs, noise[first:first + len(imgs)])
+            model.forward = fixed
+            models.append(model)
+            return model
+        method.build_model = build_model
+        words = f"--data {folder} --output_dir {output}/{name}_{world}_{accum} --model vit_micro --img_size 32"
+        words += " --patch_size 8"
+        words += " --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2 --batch_size 12 --epochs 1 --amp none"
+        words += f" --warmup_epochs 0 --num_workers 0 --accum_iter {accum} {own}"
+        method.main(method.get_args(words.split()))
+        state = b"".join(x.numpy().tobytes() for x in models[0].state_dict().values())
+        print(name, accum, hashlib.sha256(state).hexdigest(), flush=True)
+"""
+
+
+def test_gradients_of_one_two_and_three_processes(folder, tmp_path):
+    """One step on the same 12 images and masks, through each script's own main: gradients agree to 1e-6 of the largest,
+    and afterwards every process holds the same model, bit for bit, SdAE's teacher and Eq. 3's statistics included."""
+    data = tmp_path / "data"
+    for i in range(12):
+        (data / "a").mkdir(parents=True, exist_ok=True)
+        photo(i).save(data / "a" / f"{i}.png")
+    gradients = {}
+    for world in (1, 2, 3):
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(10)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            ports = [str(each.getsockname()[1]) for each in sockets]
+        runs = []
+        for rank in range(world):
+            names = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1")
+            environment = {**os.environ, **{key: str(value) for key, value in names.items()}}
+            command = [sys.executable, "-c", GRADIENTS, ROOT, data, tmp_path, "--", *ports]
+            runs.append(
+                subprocess.Popen(
+                    [str(word) for word in command],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        said = []
+        for run in runs:
+            out, errors = run.communicate(timeout=300)
+            assert run.returncode == 0, errors
+            said.append(re.findall(r"^\w+ \d [0-9a-f]{64}$", out, re.M))
+        assert len(said[0]) == 10 and all(lines == said[0] for lines in said)
+        for path in tmp_path.glob(f"*_{world}_?/last.pt"):
+            states = torch.load(path, weights_only=True)["optimizer"]["state"]
+            gradients[path.parent.name] = torch.cat([state["exp_avg"].flatten() for state in states.values()]) / 0.1
+    assert len(gradients) == 30
+    worst = 0.0
+    for name in SCRIPTS:
+        expected = gradients[f"{name}_1_1"]
+        assert expected.abs().max() > 1e-3
+        for world in (1, 2, 3):
+            for accum in (1, 2):
+                difference = (gradients[f"{name}_{world}_{accum}"] - expected).abs().max() / expected.abs().max()
+                worst = max(worst, difference.item())
+                assert difference < 1e-6, (name, world, accum, difference)
+    print(f"largest difference {worst:.1e} of the largest gradient")
+
+
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="looks for processes with pgrep")
+def test_a_process_that_dies_takes_the_run_down(folder, tmp_path):
+    """Within seconds, with a message, and the same command goes on from what was saved."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "sdae.py", *small_args(folder, tmp_path / "out", "--epochs", "2000")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out/log.jsonl").exists():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    begin = time.time()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    print(f"down after {time.time() - begin:.1f} s")
+    assert run.returncode == 1 and time.time() - begin < 30 and "exitcode  : -9" in errors
+    assert common.load(tmp_path / "out/last.pt", "step")["step"] % 3 == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

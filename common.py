@@ -30,6 +30,11 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
+
 
 class InputError(ValueError):
     """Bad input: one line that says what is wrong and what to do. The scripts print it and exit with code 2."""
@@ -586,18 +591,44 @@ def number(kind, interval):
     return parse
 
 
+held = {}       # the output folders that this process has taken: their descriptors
+
+
 def check_output(output, size):
-    """Makes the folder; raises InputError where nothing can be written to it or `size` bytes have no room."""
+    """Makes the folder and takes it, until this process ends. Raises InputError where nothing can be written to it,
+    where `size` bytes have no room, and where another run has it: two would spoil each other's checkpoints."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise InputError(f"cannot write into --output_dir {output}: {error.strerror}") from error
+    if fcntl and output.resolve() not in held and not take(output):
+        raise InputError(f"another run is writing into --output_dir {output}: stop it, or give another folder")
     for leftover in output.glob("*.pt.tmp"):    # of a run that was killed while saving
         leftover.unlink()
     free, size = shutil.disk_usage(output).free / 1e9, size / 1e9
     if free < size:
         raise InputError(f"--output_dir {output} has {free:.3g} GB free, and a checkpoint takes {size:.3g} GB")
+
+
+def take(folder, seconds=15):
+    """Locks a folder for this process; False where another has it. Waits a while, since the loader workers of a run
+    that was killed are there for some seconds more."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    until = time.time() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.time() > until:
+                os.close(descriptor)
+                return False
+            time.sleep(0.1)
+            continue
+        except OSError:     # a disk that knows no locks
+            pass
+        held[folder.resolve()] = descriptor
+        return True
 
 
 def save(obj, path):

@@ -500,7 +500,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     regularise = args.mode != "linear"
     plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
-    steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    steps_per_epoch = args.steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:
         transform.transforms.insert(2, rand_augment)    # after crop and flip, before the tensor

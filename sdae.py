@@ -420,7 +420,7 @@ def main(args):
     source = load_dataset(args.data, "pretrain", args.data_root)
     plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
-    steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    steps_per_epoch = args.steps_per_epoch = GlobalBatches(**plan).steps_per_epoch     # a run's, so kept with it
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
     normalize = Normalize().to(device)
 

@@ -2451,13 +2451,15 @@ def test_killed_and_started_again(name, workers, folder, tmp_path):
     steps = []
     for _ in range(3):
         run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while b"effective batch" not in run.stdout.readline():
+        last = tmp_path / "broken" / "last.pt"
+        before = last.stat().st_mtime_ns if steps else None
+        while not last.exists() or last.stat().st_mtime_ns == before:
             assert run.poll() is None, run.stderr.read()
-        time.sleep(random.uniform(0.2, 1.2))
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
         run.kill()
         run.communicate()
-        last = tmp_path / "broken" / "last.pt"
-        steps.append(torch.load(last, weights_only=True)["step"] if last.exists() else 0)
+        steps.append(torch.load(last, weights_only=True)["step"])
     print("steps", steps)
     assert 0 < steps[-1] < 90 and steps == sorted(steps)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -2598,6 +2600,23 @@ def test_the_output_folder_is_checked_before_training(name, folder, tmp_path, mo
     method.main(method.get_args(arguments(folder, tmp_path / "out")))
     assert sizes[-1] == pytest.approx((tmp_path / "out/last.pt").stat().st_size, rel=0.1)  # what it asks for is right
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_two_runs_do_not_share_a_folder(folder, tmp_path, monkeypatch):
+    """The second is refused while the first lives, and not longer."""
+    command = [sys.executable, "mae.py", *small_args(folder, tmp_path / "out", "--epochs", "5000")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "out/last.pt").exists():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.05)
+    again = mae.get_args(small_args(folder, tmp_path / "out", "--epochs", "5000"))
+    with monkeypatch.context() as patch:
+        patch.setattr(common.take, "__defaults__", (0.3,))
+        with pytest.raises(InputError, match="another run is writing into --output_dir"):
+            mae.main(again)
+    run.kill()
+    run.communicate()
+    assert common.take(tmp_path / "out") and tmp_path / "out" in common.held
 
 
 def test_starting_over_loses_nothing(folder, tmp_path):

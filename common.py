@@ -546,6 +546,8 @@ def collate(items):
 def leave_signals_alone(worker):
     """In a loader's worker: SIGINT and SIGTERM, which are often sent to all processes of a job, are left to the main
     process, which needs its workers until it has saved. Its own SIGTERM ends them."""
+    while held:
+        os.close(held.popitem()[1])         # the output folder stays the main process's alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):      # else (macOS) a SIGTERM to all processes ends workers
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -612,8 +614,8 @@ def check_output(output, size):
 
 
 def take(folder, seconds=15):
-    """Locks a folder for this process; False where another has it. Waits a while, since the loader workers of a run
-    that was killed are there for some seconds more."""
+    """Locks a folder for this process; False where another has it and keeps it for so many seconds: one that was told
+    to stop may still be saving."""
     descriptor = os.open(folder, os.O_RDONLY)
     until = time.time() + seconds
     while True:

@@ -299,13 +299,18 @@ def exif_orientation(img):
         return None
 
 
+def refuse(error):
+    """For os.walk, which would leave out a folder that it may not list."""
+    raise InputError(f"{error.filename!r} cannot be listed: {error.strerror}") from error
+
+
 class FolderDataset(Dataset):
     """Every image below `root`, but hidden ones. Its class is the folder of `root` that it lies in; if some image lies
     in none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root):
         found = []      # (path, the folder of root that it is below, "." for root itself)
-        for folder, subfolders, names in os.walk(root, followlinks=True):
+        for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
             subfolders[:] = [name for name in subfolders if name[0] != "."]
             top = os.path.relpath(folder, root).split(os.sep)[0]
             found += [(os.path.join(folder, name), top) for name in names
@@ -473,10 +478,16 @@ class Crops(Dataset):
             return self.transform(img), label, skipped
 
     def check(self, skipped):
-        """Raises InputError, with the last reason, where more images were skipped than may be."""
-        if len(skipped) > (self.skip_bad or 0):
+        """Raises InputError, with the last reason, where more images were skipped than may be, or all."""
+        if len(skipped) > min(self.skip_bad or 0, len(self) - 1):
             advice = "" if self.skip_bad is None else f"; more such files than --skip_bad {self.skip_bad} allows"
             raise InputError(list(skipped)[-1] + advice)
+
+    def merge(self, skipped, *others):
+        """Enters what other processes have skipped into `skipped`, and checks the whole."""
+        for other in others:
+            skipped.update({**other, **skipped})
+        self.check(skipped)
 
 
 class GlobalBatches:
@@ -529,12 +540,13 @@ def make_loader(crops, batches, num_workers, device, skipped=None):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     skipped = {} if skipped is None else skipped
+    context = "fork" if num_workers and sys.platform == "linux" else None   # a fork server would not outlive a signal
     for imgs, labels, news in DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-                                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone):
+                                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone,
+                                         multiprocessing_context=context):
         for reason in news.keys() - skipped.keys():
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
-        skipped.update({**news, **skipped})
-        crops.check(skipped)
+        crops.merge(skipped, news)
         yield imgs, labels
 
 
@@ -596,9 +608,10 @@ def number(kind, interval):
 held = {}       # the output folders that this process has taken: their descriptors
 
 
-def check_output(output, size):
+def check_output(output, size, args):
     """Makes the folder and takes it, until this process ends. Raises InputError where nothing can be written to it,
-    where `size` bytes have no room, and where another run has it: two would spoil each other's checkpoints."""
+    where checkpoints of `size` bytes have no room, a new one beside the last, and where another run has the folder: two
+    would spoil each other's checkpoints."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -608,9 +621,10 @@ def check_output(output, size):
         raise InputError(f"another run is writing into --output_dir {output}: stop it, or give another folder")
     for leftover in output.glob("*.pt.tmp"):    # of a run that was killed while saving
         leftover.unlink()
-    free, size = shutil.disk_usage(output).free / 1e9, size / 1e9
-    if free < size:
-        raise InputError(f"--output_dir {output} has {free:.3g} GB free, and a checkpoint takes {size:.3g} GB")
+    free, room = shutil.disk_usage(output).free / 1e9, size / 1e9
+    room *= 1 if (output / "last.pt").exists() and not args.no_resume else 2
+    if free < room:
+        raise InputError(f"--output_dir {output} has {free:.3g} GB free, and this run needs {room:.3g} for checkpoints")
 
 
 def take(folder, seconds=15):
@@ -642,13 +656,26 @@ def save(obj, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
+        if fcntl:                               # not on Windows: the folder's entry too
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:    # RuntimeError: torch's word for a full disk
         try:
             os.unlink(f"{path}.tmp")
         except OSError:
             pass
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path} could not be written ({reason}); an older one is still whole") from error
+        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).splitlines()[0]}"
+        older = "; the one before is still whole" if os.path.exists(path) else ""
+        raise OSError(f"{path} could not be written ({reason}){older}") from error
+
+
+def append(line, path):
+    """Adds a line to a text file, down to the disk."""
+    with open(path, "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path, *needed):
@@ -697,17 +724,19 @@ def gather(obj):
 
 
 def tidy_output(output, step, steps_per_epoch):
-    """Prepares an output folder for a run that goes on at `step`: the log keeps the epochs before it. For a new run, at
-    step 0, what an old one left is kept under names of its own: last.1.pt, log.1.jsonl and so on."""
+    """Prepares an output folder for a run that goes on at `step`: the log keeps its whole lines of the epochs before.
+    For a new run, at step 0, what an old one left is kept under names of its own: last.1.pt, log.1.jsonl and so on."""
     log = output / "log.jsonl"
-    if step == 0 and (output / "last.pt").exists():
-        number = next(i for i in itertools.count(1) if not (output / f"last.{i}.pt").exists())
-        for path in (log, output / "encoder.pt", output / "result.json", output / "last.pt"):
-            if path.exists():
-                os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
+    if step == 0:
+        old = [path for path in (log, *(output / name for name in ("encoder.pt", "result.json", "last.pt")))
+               if path.exists() and path.stat().st_size]
+        kept = lambda path, number: path.with_suffix(f".{number}{path.suffix}")
+        number = next(i for i in itertools.count(1) if not any(kept(path, i).exists() for path in old))
+        for path in old:
+            os.replace(path, kept(path, number))
     if log.exists():
-        lines = log.read_text().splitlines(keepends=True)[:step // steps_per_epoch]
-        (output / "log.tmp").write_text("".join(lines))
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        (output / "log.tmp").write_text("".join(lines[:step // steps_per_epoch]))
         os.replace(output / "log.tmp", log)
 
 
@@ -715,8 +744,8 @@ class SaveRequests:
     """Says after each step whether to save: on SIGTERM (preemption) and SIGINT (Ctrl-C), and every `minutes`.
 
     All processes get the same answer, what one of them wished for a step earlier: it travels, between CPUs, while the
-    next step computes, and nobody waits. Without torchrun, which may send a signal twice, a second one ends the process
-    at once.
+    next step computes, and nobody waits. A second Ctrl-C ends the process at once, but not under torchrun, which may
+    send one twice.
     """
 
     def __init__(self, rank, minutes):
@@ -728,7 +757,7 @@ class SaveRequests:
 
     def note(self, number, frame):
         self.caught.append(number)
-        if "RANK" not in os.environ:
+        if number == signal.SIGINT and "RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
 
     def poll(self):
@@ -745,7 +774,7 @@ class SaveRequests:
         return agreed
 
 
-def check_finite(window, model, scaler, clip_grad):
+def check_finite(window, model, scaler, dtype, clip_grad):
     """Raises FloatingPointError where a loss, a gradient norm or a weight is not finite.
 
     `window` holds (step, learning rate, statistics) of the last steps, of which the first is the loss and the last the
@@ -759,11 +788,12 @@ def check_finite(window, model, scaler, clip_grad):
     for step, lr, (loss, *_, norm) in zip(steps, rates, rows):
         fine = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         if not fine or step == steps[-1] and not math.isfinite(weights):
-            clip = f"--clip_grad {clip_grad / 10 if clip_grad else 1:g}, or start over with a smaller --blr"
+            advice = {torch.float16: "--amp bf16 or --amp none", torch.bfloat16: "--amp none or "}.get(dtype, "")
+            if dtype != torch.float16:
+                advice += f"--clip_grad {clip_grad / 10 if clip_grad else 1:g}, or start over with a smaller --blr"
             raise FloatingPointError(
-                f"not finite at step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g} (norm of the "
-                f"weights by now: {weights:g}). The last checkpoint is from before that. Go on from it with "
-                f"{'--amp bf16 or --amp none' if scaler.is_enabled() else clip}")
+                f"not finite in step {step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g} (norm of "
+                f"the weights by now: {weights:g}). The last checkpoint, if any, is from before. Go on with {advice}")
 
 
 def amp_dtype(choice, device):

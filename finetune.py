@@ -39,9 +39,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, check_finite,
-                    check_output, eval_batches, eval_transform, gather, load, load_dataset, make_loader, number, pair,
-                    save, seed_from, tidy_output, train_transform)
+from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, append,
+                    check_finite, check_output, check_vit, eval_batches, eval_transform, gather, load, load_dataset,
+                    make_loader, number, pair, save, seed_from, tidy_output, train_transform)
 from mae import init_distributed, load_checkpoint
 
 FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
@@ -373,21 +373,25 @@ def load_labelled(args):
 
 @torch.no_grad()
 def evaluate(model, loader, normalize, dtype, caught=()):
-    """Top-1 and top-5 in %, and the number of images, over all processes' shares. Exits once a signal is in `caught`:
-    what was trained is saved, and the same command evaluates it."""
+    """Top-1 and top-5 in %, and the number of images, over all processes' shares. Once a signal is in one's `caught`,
+    all exit: what was trained is saved, and the same command evaluates it."""
     device = normalize.mean.device
-    counts = torch.zeros(3, device=device)
+    counts = torch.zeros(4, device=device)
     model.eval()
     for imgs, labels in loader:
         if caught:
-            sys.exit(128 + caught[0])
+            counts[3] = caught[0]
+            break
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(normalize(imgs.to(device, non_blocking=True)))
-        counts += hits(logits, labels.to(device))
+        counts[:3] += hits(logits, labels.to(device))
     model.train()
     if dist.is_initialized():
         dist.all_reduce(counts)
-    return to_percent(counts)
+    if counts[3]:
+        tqdm.write("stopped while evaluating; training was saved, and the same command goes on from there")
+        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
+    return to_percent(counts[:3])
 
 
 def hits(scores, labels):
@@ -438,11 +442,12 @@ def main(args):
     args.img_size = list(pair(args.img_size or vit["img_size"]))
     vit["img_size"] = args.img_size
     fill_recipe(args, vit["embed_dim"])
+    check_vit(args.img_size, vit["patch_size"], vit["embed_dim"], vit["num_heads"])
 
     rank, world_size, device = init_distributed(args)
     output = Path(args.output_dir)
     if rank == 0:
-        check_output(output, 0)
+        check_output(output, 0, args)
     dtype = amp_dtype(args.amp, device)
     normalize = Normalize().to(device)
     train_set, val_set = load_labelled(args)
@@ -500,7 +505,8 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     regularise = args.mode != "linear"
     plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
-    steps_per_epoch = args.steps_per_epoch = GlobalBatches(**plan).steps_per_epoch
+    args.num_images, args.steps_per_epoch = len(train_set), GlobalBatches(**plan).steps_per_epoch
+    steps_per_epoch = args.steps_per_epoch
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:
         transform.transforms.insert(2, rand_augment)    # after crop and flip, before the tensor
@@ -509,12 +515,12 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True) if regularise else LARS(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if rank == 0:
-        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)))
+        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)), args)
     checkpoint = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
     start, skipped = checkpoint["step"], checkpoint["skipped"]
     if args.compile:
         model.compile()
-    net = DistributedDataParallel(model) if world_size > 1 else model
+    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if world_size > 1 else model
     crops = Crops(train_set, transform, args.seed, args.skip_bad)
     batches = make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device, skipped)
     num_classes = len(train_set.classes)
@@ -546,8 +552,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
             if args.skip_bad:
                 new = sorted(reason for reason, first in skipped.items() if first == epoch)
                 line.update(skipped=len(skipped), newly_skipped=new)
-            with open(log_path, "a") as log:
-                log.write(json.dumps(line) + "\n")
+            append(json.dumps(line), log_path)
         return result
 
     if start and start % steps_per_epoch == 0:
@@ -586,7 +591,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
         ended, request = done == steps_per_epoch, requests.poll()
         bar.update(args.batch_size)
         if ended or request or done % 20 == 0:
-            check_finite(window, model, scaler, args.clip_grad)
+            check_finite(window, model, scaler, dtype, args.clip_grad)
             bar.set_postfix(epoch=epoch, loss=f"{totals[0].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
             window = []
         if not (ended or request):
@@ -595,7 +600,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
         # The end of an epoch, a signal, or time to save: checkpoint, evaluation, log
         seconds = time.time() - epoch_start
         sums, theirs = zip(*gather((totals.tolist(), skipped)))
-        skipped.update({reason: first for one in theirs for reason, first in one.items()})
+        crops.merge(skipped, *theirs)
         if world_size > 1:
             for buffer in model.buffers():      # BatchNorm's statistics are the first process's, as under DDP
                 dist.broadcast(buffer, 0)
@@ -623,5 +628,5 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except (InputError, OSError, FloatingPointError) as error:
-        tqdm.write(f"{Path(__file__).name}: error: {error}", file=sys.stderr)    # on a line of its own
+        tqdm.write(f"{Path(__file__).name}: error: {error}", file=sys.stderr)    # clears the bar
         sys.exit(2 if isinstance(error, InputError) else 1)

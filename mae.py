@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype,
+from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, append,
                     check_finite, check_output, check_vit, gather, init_linear, load, load_dataset, load_weights,
                     make_loader, number, pair, save, seed_from, sincos_pos_embed, tidy_output, train_transform)
 
@@ -289,15 +289,15 @@ def load_checkpoint(path, args, model, optimizer, scaler):
     elsewhere = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "no_resume", "save_minutes",
                  "device", "compile", "demo"}
     there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
-    changed = {name: f"--{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+    changed = {name: f"{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
                for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)}
-    if changed.keys() - {"amp", "clip_grad"}:                           # these two may mend a run that diverged
-        raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): give its arguments to go on with "
-                         f"it, another --output_dir for a new run, or --no_resume to start over")
+    if changed.keys() - {"amp", "clip_grad", "num_images"}:             # these may mend a run
+        raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): to go on make it as there, else "
+                         f"give another --output_dir for a new run, or --no_resume to start over")
     if changed and os.environ.get("RANK", "0") == "0":
         print(f"{path}: going on with {'; '.join(changed.values())}")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    model.load_state_dict(checkpoint.pop("model"))                      # popped: not to be kept beside the model's own
+    optimizer.load_state_dict(checkpoint.pop("optimizer"))
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint
@@ -321,7 +321,8 @@ def main(args):
     source = load_dataset(args.data, "pretrain", args.data_root)
     plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
-    steps_per_epoch = args.steps_per_epoch = GlobalBatches(**plan).steps_per_epoch     # a run's, so kept with it
+    args.num_images, args.steps_per_epoch = len(source), GlobalBatches(**plan).steps_per_epoch   # part of the recipe
+    steps_per_epoch = args.steps_per_epoch
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
     normalize = Normalize().to(device)
 
@@ -332,15 +333,16 @@ def main(args):
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if rank == 0:
-        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)))   # AdamW's two
+    if rank == 0:       # params twice: AdamW's two moments
+        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)), args)
     checkpoint = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
     start, skipped = checkpoint["step"], checkpoint["skipped"]
     if start == 0 and args.init_from:
         load_weights(args.init_from, model)
     if args.compile:
         model.compile()
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if world_size > 1 else model
     batches = make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device, skipped)
 
     if rank == 0:
@@ -391,16 +393,16 @@ def main(args):
         ended, request = done == steps_per_epoch, requests.poll()
         bar.update(args.batch_size)
         if ended or request or done % 20 == 0:
-            check_finite(window, model, scaler, args.clip_grad)
+            check_finite(window, model, scaler, dtype, args.clip_grad)
             bar.set_postfix(epoch=epoch, loss=f"{totals[0].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
             window = []
         if not (ended or request):
             continue
 
-        # The end of an epoch, a signal, or time to save: log, checkpoint, picture
+        # The end of an epoch, a signal, or time to save: log, picture, checkpoint
         seconds = time.time() - epoch_start
         sums, theirs = zip(*gather((totals.tolist(), skipped)))
-        skipped.update({reason: first for one in theirs for reason, first in one.items()})
+        crops.merge(skipped, *theirs)
         if ended and rank == 0:
             means = [sum(column) / world_size / steps_per_epoch for column in zip(*sums)]
             line = {"epoch": epoch, **dict(zip([*stats, "grad_norm"], means)), "lr": lr, "seconds": seconds,
@@ -408,18 +410,16 @@ def main(args):
             if args.skip_bad:
                 new = sorted(reason for reason, first in skipped.items() if first == epoch)
                 line.update(skipped=len(skipped), newly_skipped=new)
-            with open(output / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            append(json.dumps(line), output / "log.jsonl")
+            model.eval()
+            save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
+            model.train()
         if ended:
             sums, seconds, totals, epoch_start = [[0.0]], 0.0, 0.0, time.time()
         if rank == 0:
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                   "step": step + 1, "totals": sums, "seconds": seconds, "skipped": skipped, "args": vars(args)},
                  output / "last.pt")
-        if ended and rank == 0:
-            model.eval()
-            save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
-            model.train()
         if request > 1:
             break
 
@@ -440,5 +440,5 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except (InputError, OSError, FloatingPointError) as error:
-        tqdm.write(f"{Path(__file__).name}: error: {error}", file=sys.stderr)    # on a line of its own
+        tqdm.write(f"{Path(__file__).name}: error: {error}", file=sys.stderr)    # clears the bar
         sys.exit(2 if isinstance(error, InputError) else 1)

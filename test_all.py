@@ -2678,6 +2678,58 @@ def test_starting_over_loses_nothing(folder, tmp_path):
     assert torch.load(tmp_path / "encoder.2.pt", weights_only=True)["args"]["seed"] == 1
 
 
+def test_a_log_without_its_checkpoint_is_kept(folder, tmp_path):
+    """The user has moved last.pt away: a new run starts, and the old one's log and encoder keep their content."""
+    run = lambda: mae.main(mae.get_args(small_args(folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0")))
+    run()
+    log = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "last.pt").rename(tmp_path / "moved.pt")
+    run()
+    assert (tmp_path / "log.1.jsonl").read_text() == log and (tmp_path / "encoder.1.pt").exists()
+
+
+def test_a_line_half_written_is_written_anew(folder, tmp_path):
+    """finetune.py evaluates after saving: a line that a full disk has cut is no evaluation."""
+    args = finetune.get_args(tune_args(folder, tmp_path / "out"))
+    finetune.main(args)
+    whole = state_of(tmp_path / "out")
+    log = tmp_path / "out/log.jsonl"
+    log.write_text(log.read_text()[:-5])
+    finetune.main(args)
+    assert state_of(tmp_path / "out") == whole
+
+
+def test_data_that_has_changed(folder, tmp_path, capsys):
+    """An image less in the same number of steps goes on, and is said; another number of steps is another schedule."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "train", data)
+    run = lambda: mae.main(mae.get_args(small_args(data, tmp_path / "out", "--batch_size", "15")))
+    run()
+    paths = sorted(data.rglob("*.png"))
+    paths[0].unlink()
+    run()
+    assert "going on with num_images 48 there, 47 here" in capsys.readouterr().out
+    for path in paths[1:10]:
+        path.unlink()
+    with pytest.raises(InputError, match="num_images 48 there, 38 here; steps_per_epoch 3 there, 2 here") as caught:
+        run()
+    assert "--steps_per_epoch" not in str(caught.value)
+
+
+def test_folders_that_cannot_be_listed(folder, monkeypatch):
+    """An error, not a class less (as root one may list anything, so the refusal is made here)."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("class 1 é"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="class 1 é' cannot be listed: Permission denied"):
+        common.load_dataset(str(folder), "pretrain")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_init_from(name, run_of, folder, public_checkpoint, tmp_path, capsys):
     """A new run, at step 0, from the weights of a whole model, of an encoder alone, or of a public checkpoint."""
@@ -2799,9 +2851,9 @@ def test_a_run_that_diverges_stops(name, folder, tmp_path):
     with pytest.raises(FloatingPointError) as caught:
         method.main(method.get_args(arguments(folder, tmp_path, *more)))
     said = re.fullmatch(
-        r"not finite in step (\d+): loss \S+, gradient norm \S+, learning rate (\S+) \(norm of the weights by now: \S+\)\."
-        r" The last checkpoint, if any, is from before\. Go on with (--amp none or )?--clip_grad 1, or start over with a "
-        r"smaller --blr",
+        r"not finite in step (\d+): loss \S+, gradient norm \S+, learning rate (\S+) \(norm of the weights by "
+        r"now: \S+\)\. The last checkpoint, if any, is from before\. Go on with (--amp none or )?--clip_grad 1, or start "
+        r"over with a smaller --blr",
         str(caught.value),
     )
     step, lr = int(said[1]) - 1, float(said[2])
@@ -2993,6 +3045,10 @@ def test_what_replaces_a_bad_file(folder, tmp_path):
         assert torch.equal(img, crops.transform(source[6][0])) and label == source[6][1]
     assert list(skipped.values()) == [2, 2] and all(str(p) in r for p, r in zip(paths[4:6], skipped))
     assert crops[0, 47][1] == source[0][1] and len(crops[0, 47][2]) == 1
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be used"):  # all are bad, however many may be: it ends
+        common.Crops(source, crops.transform, 1, skip_bad=1000)[0, 4]
     strict = common.Crops(source, crops.transform, 1)  # evaluation: nothing may be replaced
     with pytest.raises(InputError) as caught:
         strict[0, 4]

@@ -277,8 +277,8 @@ def memory():
         medians = {step: float(np.median(values)) for step, values in samples.items()}
         begin, early, late = (np.mean([value for step, value in medians.items() if first <= step < first + 80])
                               for first in (80, 640, 880))
-        say(f"{name}: resident memory of all processes, MiB: {begin:.1f} at steps 80 to 160, {early:.1f} at 640 to 720, "
-            f"{late:.1f} at 880 to 960")
+        say(f"{name}: resident memory of all processes, MiB: {begin:.1f} at steps 80 to 160, {early:.1f} at 640 to "
+            f"720, {late:.1f} at 880 to 960")
         expect(run.returncode == 0 and late - early < 3, f"{name}: {run.said()[-400:]}")
 
 

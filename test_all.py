@@ -2852,8 +2852,8 @@ def test_a_run_that_diverges_stops(name, folder, tmp_path):
         method.main(method.get_args(arguments(folder, tmp_path, *more)))
     said = re.fullmatch(
         r"not finite in step (\d+): loss \S+, gradient norm \S+, learning rate (\S+) \(norm of the weights by "
-        r"now: \S+\)\. The last checkpoint, if any, is from before\. Go on with (--amp none or )?--clip_grad 1, or start "
-        r"over with a smaller --blr",
+        r"now: \S+\)\. The last checkpoint, if any, is from before\. Go on with (--amp none or )?--clip_grad 1, or "
+        r"start over with a smaller --blr",
         str(caught.value),
     )
     step, lr = int(said[1]) - 1, float(said[2])

@@ -618,6 +618,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     if request > 1:
         if rank == 0:
             print(f"{signal.Signals(request).name}: saved after step {step + 1}; the same command goes on from there")
+        del net         # as in mae.py
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(128 + request)

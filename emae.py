@@ -473,7 +473,7 @@ def main(args):
     elif rank == 0:
         save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
         print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
-    del net             # before its process group: the last one to go must not hold Python's lock, or gloo may wait for it
+    del net     # before its process group, which must not go last, under Python's lock: gloo could wait for it for ever
     if dist.is_initialized():
         dist.destroy_process_group()
     if request > 1:

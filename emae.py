@@ -473,7 +473,7 @@ def main(args):
     elif rank == 0:
         save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
         print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
-    del net     # before its process group, which must not go last, under Python's lock: gloo could wait for it for ever
+    del net     # else the process group is freed with it, under Python's lock, where gloo's threads can wait for ever
     if dist.is_initialized():
         dist.destroy_process_group()
     if request > 1:

@@ -139,8 +139,9 @@ def kills(number):
         while "effective batch" not in run.said():
             time.sleep(0.05)
         startup = time.time() - begin
-        run.kill(), run.wait(), [os.kill(pid, signal.SIGKILL) for pid in children(run.pid)]
-        left_behind()
+        for pid in (*children(run.pid), run.pid):
+            os.kill(pid, signal.SIGKILL)
+        run.wait(), left_behind()
         mine, round_ = 0, 0
         while mine < quota[name]:
             output, round_ = WORK / f"{name}_killed_{round_}", round_ + 1

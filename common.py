@@ -276,6 +276,8 @@ def load_rgb(path):
     """Reads an image file as an upright 8-bit RGB PIL image: greyscale, palette, CMYK, alpha (dropped) and EXIF
     orientation are dealt with. Raises InputError, with the path, for a broken file and for 16- and 32-bit greyscale."""
     try:
+        if not os.path.isfile(path):    # a pipe, say, would be waited for
+            raise ValueError("no such file, or no regular one")
         with Image.open(path) as img:
             if img.mode[0] in "IF":     # a plain conversion clamps these to 255: an image all white
                 raise ValueError(f"more than 8 bits a pixel (mode {img.mode}); rescale to 8 bits as suits your images")
@@ -304,6 +306,13 @@ def refuse(error):
     raise InputError(f"{error.filename!r} cannot be listed: {error.strerror}") from error
 
 
+def leads_back(folder, name):
+    """Whether `name` in a folder is a link to that folder itself or to one above it: followed, it would never end."""
+    path = os.path.join(folder, name)
+    real = os.path.join(os.path.realpath(path), "")
+    return os.path.islink(path) and os.path.join(os.path.realpath(folder), "").startswith(real)
+
+
 class FolderDataset(Dataset):
     """Every image below `root`, but hidden ones. Its class is the folder of `root` that it lies in; if some image lies
     in none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
@@ -311,7 +320,7 @@ class FolderDataset(Dataset):
     def __init__(self, root):
         found = []      # (path, the folder of root that it is below, "." for root itself)
         for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-            subfolders[:] = [name for name in subfolders if name[0] != "."]
+            subfolders[:] = [name for name in subfolders if name[0] != "." and not leads_back(folder, name)]
             top = os.path.relpath(folder, root).split(os.sep)[0]
             found += [(os.path.join(folder, name), top) for name in names
                       if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
@@ -612,6 +621,11 @@ def check_output(output, size, args):
     """Makes the folder and takes it, until this process ends. Raises InputError where nothing can be written to it,
     where checkpoints of `size` bytes have no room, a new one beside the last, and where another run has the folder: two
     would spoil each other's checkpoints."""
+    init_from = getattr(args, "init_from", None)
+    if not args.output_dir or init_from == "":
+        raise InputError("--output_dir and --init_from must not be empty")
+    if init_from and os.path.realpath(os.path.dirname(init_from) or ".") == os.path.realpath(output):
+        raise InputError("--init_from starts a new run: give another --output_dir than the one that it lies in")
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -619,8 +633,8 @@ def check_output(output, size, args):
         raise InputError(f"cannot write into --output_dir {output}: {error.strerror}") from error
     if fcntl and output.resolve() not in held and not take(output):
         raise InputError(f"another run is writing into --output_dir {output}: stop it, or give another folder")
-    for leftover in output.glob("*.pt.tmp"):    # of a run that was killed while saving
-        leftover.unlink()
+    for name in ("last.pt.tmp", "encoder.pt.tmp"):      # of a run that was killed while saving
+        (output / name).unlink(missing_ok=True)
     free, room = shutil.disk_usage(output).free / 1e9, size / 1e9
     room *= 1 if (output / "last.pt").exists() and not args.no_resume else 2
     if free < room:
@@ -757,6 +771,8 @@ class SaveRequests:
 
     def note(self, number, frame):
         self.caught.append(number)
+        if self.rank == 0:      # not print(), which the signal may have interrupted
+            os.write(2, f"\n{signal.Signals(number).name}: to be saved after this step\n".encode())
         if number == signal.SIGINT and "RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
 

@@ -628,6 +628,6 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
 if __name__ == "__main__":
     try:
         main(get_args())
-    except (InputError, OSError, FloatingPointError) as error:
-        tqdm.write(f"{Path(__file__).name}: error: {error}", file=sys.stderr)    # clears the bar
+    except (InputError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        tqdm.write(f"{Path(__file__).name}: error: {str(error) or 'interrupted'}", file=sys.stderr)     # clears the bar
         sys.exit(2 if isinstance(error, InputError) else 1)

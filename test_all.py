@@ -2678,6 +2678,27 @@ def test_starting_over_loses_nothing(folder, tmp_path):
     assert torch.load(tmp_path / "encoder.2.pt", weights_only=True)["args"]["seed"] == 1
 
 
+def test_pipes_and_links_in_the_data(folder, tmp_path):
+    """A pipe is named, not waited for; links that lead back are not followed."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "train", data)
+    (data / "loop").symlink_to(".")
+    (data / "class 0 é" / "up").symlink_to("..")
+    assert len(common.load_dataset(str(data), "pretrain")) == 48
+    os.mkfifo(data / "class 0 é" / "pipe.jpg")
+    with pytest.raises(InputError, match="pipe.jpg' cannot be used as an image"):
+        mae.main(mae.get_args(small_args(data, tmp_path / "out", "--batch_size", "49")))
+
+
+def test_init_from_needs_another_folder(folder, pretrained, tmp_path):
+    """In its own folder the first attempt would move away what the second needs; and a name must not be empty."""
+    shutil.copytree(pretrained, tmp_path / "out")
+    for more in (["--init_from", str(tmp_path / "out/last.pt")], ["--init_from", ""]):
+        with pytest.raises(InputError, match="must not be empty|give another --output_dir"):
+            mae.main(mae.get_args(small_args(folder, tmp_path / "out", "--no_resume", *more)))
+    assert (tmp_path / "out/last.pt").exists()
+
+
 def test_a_log_without_its_checkpoint_is_kept(folder, tmp_path):
     """The user has moved last.pt away: a new run starts, and the old one's log and encoder keep their content."""
     run = lambda: mae.main(mae.get_args(small_args(folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0")))

@@ -706,6 +706,11 @@ def load(path, *needed):
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise InputError(f"'{path}' is no checkpoint to go on from: it has no {', '.join(missing)}")
+    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and (torch.is_tensor(value) or not name.startswith(ENCODER_PARTS))
+            for name, value in weights.items()):
+        raise InputError(f"'{path}': its model is no dict of tensors by name")
     return checkpoint
 
 

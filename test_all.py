@@ -1798,7 +1798,7 @@ def test_a_method_refuses_anothers_checkpoint(name, run_of, folder, tmp_path):
 def test_a_checkpoint_with_arguments_unknown_here_is_refused(tmp_path):
     args = mae.get_args(small_args("x", tmp_path))
     keys = ("model", "optimizer", "scaler", "step", "totals", "seconds", "skipped")
-    torch.save({**dict.fromkeys(keys), "args": {**vars(args), "drop_edge": 0.3}}, tmp_path / "last.pt")
+    torch.save({**dict.fromkeys(keys), "model": {}, "args": {**vars(args), "drop_edge": 0.3}}, tmp_path / "last.pt")
     with pytest.raises(InputError, match="drop_edge 0.3 there, unknown here"):
         mae.load_checkpoint(tmp_path / "last.pt", args, None, None, None)
 
@@ -2195,6 +2195,8 @@ def test_checkpoints_that_do_not_fit(tmp_path, pretrained, monkeypatch):
     refused("holds only a decoder", {"model": {k: v for k, v in weights.items() if "decoder" in k}})
     refused("no ViT encoder", {"model": {"conv1.weight": torch.zeros(3)}})
     refused("no ViT encoder", [1, 2])
+    for model in (None, torch.zeros(3), [1, 2], {0: torch.zeros(3)}, {**weights, "cls_token": 1.0}):
+        refused("its model is no dict of tensors by name", {"model": model})
     refused("blocks.0.mlp.fc1.weight has shape", {"model": {**weights, "blocks.0.mlp.fc1.weight": torch.zeros(3, 128)}})
     refused("no size in common.VIT_SIZES", {"model": {k: v for k, v in weights.items() if "blocks.3." not in k}})
     refused("no checkpoint at", name="missing.pt")

@@ -621,6 +621,8 @@ def check_output(output, size, args):
     """Makes the folder and takes it, until this process ends. Raises InputError where nothing can be written to it,
     where checkpoints of `size` bytes have no room, a new one beside the last, and where another run has the folder: two
     would spoil each other's checkpoints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        raise InputError("WORLD_SIZE is set, but no process group is there: start several processes with torchrun")
     init_from = getattr(args, "init_from", None)
     if not args.output_dir or init_from == "":
         raise InputError("--output_dir and --init_from must not be empty")

@@ -2661,6 +2661,14 @@ def test_two_runs_do_not_share_a_folder(folder, tmp_path, monkeypatch):
     assert common.take(tmp_path / "out") and tmp_path / "out" in common.held
 
 
+def test_a_share_of_the_work_needs_the_others(folder, tmp_path, monkeypatch):
+    """WORLD_SIZE without torchrun: a process would silently train on, or count, its share alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for method, arguments in RUNS.values():
+        with pytest.raises(InputError, match="WORLD_SIZE is set"):
+            method.main(method.get_args(arguments(folder, tmp_path / "out")))
+
+
 def test_starting_over_loses_nothing(folder, tmp_path):
     run = lambda *more: mae.main(
         mae.get_args(small_args(folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0", *more))

@@ -7,6 +7,8 @@ The loader hands out uint8 crops; what is random in one depends on (seed, epoch,
 workers nor the number of processes changes what is trained on.
 """
 import argparse
+import contextlib
+import hashlib
 import itertools
 import math
 import os
@@ -313,9 +315,16 @@ def leads_back(folder, name):
     return os.path.islink(path) and os.path.join(os.path.realpath(folder), "").startswith(real)
 
 
+def inventory(source):
+    """What a run trains on, for its checkpoints: the number of images and, of files, a hash of their names in order."""
+    names = b"\n".join(path[len(source.root):] for path in getattr(source, "paths", []))
+    return f"{len(source)}" + (f" ({hashlib.sha256(names).hexdigest()[:12]})" if names else "")
+
+
 class FolderDataset(Dataset):
-    """Every image below `root`, but hidden ones. Its class is the folder of `root` that it lies in; if some image lies
-    in none (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
+    """Every image below `root`, but hidden ones and a run's pictures (beside a log.jsonl). Its class is the folder of
+    `root` that it lies in; if some image lies in none (`stray` is the first of them), the whole set is unlabelled.
+    Raises InputError where there is no image."""
 
     def __init__(self, root):
         found = []      # (path, the folder of root that it is below, "." for root itself)
@@ -323,7 +332,7 @@ class FolderDataset(Dataset):
             subfolders[:] = [name for name in subfolders if name[0] != "." and not leads_back(folder, name)]
             top = os.path.relpath(folder, root).split(os.sep)[0]
             found += [(os.path.join(folder, name), top) for name in names
-                      if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+                      if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "." and "log.jsonl" not in names]
         found.sort()
         if not found:
             raise InputError(f"no image below '{root}' (looked for {' '.join(IMG_EXTENSIONS)})")
@@ -331,6 +340,7 @@ class FolderDataset(Dataset):
         self.classes = sorted({top for _, top in found}) if self.stray is None else None
         numbers = {name: i for i, name in enumerate(self.classes or [])}
         self.labels = np.array([numbers[top] if numbers else -1 for _, top in found])
+        self.root = os.fsencode(root)
         self.paths = np.array([os.fsencode(path) for path, _ in found])     # workers share its memory, not a list's
 
     def __len__(self):
@@ -490,7 +500,7 @@ class Crops(Dataset):
         """Raises InputError, with the last reason, where more images were skipped than may be, or all."""
         if len(skipped) > min(self.skip_bad or 0, len(self) - 1):
             advice = "" if self.skip_bad is None else f"; more such files than --skip_bad {self.skip_bad} allows"
-            raise InputError(list(skipped)[-1] + advice)
+            raise InputError(list(skipped)[-1] + (advice if len(skipped) < len(self) else "; no other is left"))
 
     def merge(self, skipped, *others):
         """Enters what other processes have skipped into `skipped`, and checks the whole."""
@@ -550,9 +560,18 @@ def make_loader(crops, batches, num_workers, device, skipped=None):
         num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     skipped = {} if skipped is None else skipped
     context = "fork" if num_workers and sys.platform == "linux" else None   # a fork server would not outlive a signal
-    for imgs, labels, news in DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-                                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone,
-                                         multiprocessing_context=context):
+    loader = iter(DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+                             pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone,
+                             multiprocessing_context=context))
+    while True:
+        try:
+            imgs, labels, news = next(loader)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(f"a loader process died; if memory was short, lower --num_workers ({error})") from error
         for reason in news.keys() - skipped.keys():
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
         crops.merge(skipped, news)
@@ -565,11 +584,12 @@ def collate(items):
 
 
 def leave_signals_alone(worker):
-    """In a loader's worker: SIGINT and SIGTERM, which are often sent to all processes of a job, are left to the main
-    process, which needs its workers until it has saved. Its own SIGTERM ends them."""
+    """In a loader's worker: signals, which are often sent to all processes of a job, are left to the main process,
+    which needs its workers until it has saved. Its own SIGTERM ends them."""
     while held:
         os.close(held.popitem()[1])         # the output folder stays the main process's alone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):      # else (macOS) a SIGTERM to all processes ends workers
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=exit_with, args=[os.getppid()], daemon=True).start()
@@ -713,6 +733,8 @@ def load(path, *needed):
             isinstance(name, str) and (torch.is_tensor(value) or not name.startswith(ENCODER_PARTS))
             for name, value in weights.items()):
         raise InputError(f"'{path}': its model is no dict of tensors by name")
+    if not all(value.isfinite().all() for value in weights.values() if torch.is_tensor(value)):
+        raise InputError(f"'{path}' holds weights that are not finite: it is of a run that diverged")
     return checkpoint
 
 
@@ -734,6 +756,16 @@ def load_weights(path, model):
     if os.environ.get("RANK", "0") == "0":
         print(f"weights from {path}: {len(taken)} tensors; {len(own) - len(taken)} that it lacks start anew, "
               f"{len(weights) - len(taken)} that it has are not needed (fixed positions, say)")
+
+
+def restore(path, checkpoint, **parts):
+    """Loads each part's state, and takes it out of the checkpoint: not to be held twice. Raises InputError."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint.pop(name))
+        except Exception as error:      # what is raised depends on what is wrong
+            raise InputError(f"'{path}': its {name} does not fit ({type(error).__name__}); give another --output_dir, "
+                             f"or --no_resume to start over") from error
 
 
 def gather(obj):
@@ -762,7 +794,8 @@ def tidy_output(output, step, steps_per_epoch):
 
 
 class SaveRequests:
-    """Says after each step whether to save: on SIGTERM (preemption) and SIGINT (Ctrl-C), and every `minutes`.
+    """Says after each step whether to save: on SIGTERM and SIGUSR1 (preemption), SIGINT (Ctrl-C) and SIGHUP (a terminal
+    that closes; not under nohup), and every `minutes`.
 
     All processes get the same answer, what one of them wished for a step earlier: it travels, between CPUs, while the
     next step computes, and nobody waits. A second Ctrl-C ends the process at once, but not under torchrun, which may
@@ -773,18 +806,21 @@ class SaveRequests:
         self.rank, self.seconds, self.caught = rank, 60 * minutes, []
         self.due = time.time() + self.seconds
         self.answer, self.travelling = torch.tensor(0), None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)        # Windows has the first two
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
-        self.caught.append(number)
-        if self.rank == 0:      # not print(), which the signal may have interrupted
-            os.write(2, f"\n{signal.Signals(number).name}: to be saved after this step\n".encode())
+        self.caught.append(128 + number)
+        if self.rank == 0:
+            with contextlib.suppress(OSError):      # no terminal any more; not print(), which it may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: to be saved after this step\n".encode())
         if number == signal.SIGINT and "RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
 
     def poll(self):
-        """0: go on; 1: save; more: a signal's number, save and stop. For all processes to call after every step."""
+        """0: go on; 1: save; more: save and exit with this code. For all processes to call after every step."""
         wish = max(self.caught, default=0)
         if self.rank == 0 and time.time() > self.due:
             wish, self.due = max(wish, 1), time.time() + self.seconds

@@ -40,8 +40,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, append,
-                    check_finite, check_output, check_vit, eval_batches, eval_transform, gather, load, load_dataset,
-                    make_loader, number, pair, save, seed_from, tidy_output, train_transform)
+                    check_finite, check_output, check_vit, eval_batches, eval_transform, gather, inventory, load,
+                    load_dataset, make_loader, number, pair, save, seed_from, tidy_output, train_transform)
 from mae import init_distributed, load_checkpoint
 
 FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
@@ -380,7 +380,7 @@ def evaluate(model, loader, normalize, dtype, caught=()):
     model.eval()
     for imgs, labels in loader:
         if caught:
-            counts[3] = caught[0]
+            counts[3] = 1
             break
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(normalize(imgs.to(device, non_blocking=True)))
@@ -390,7 +390,7 @@ def evaluate(model, loader, normalize, dtype, caught=()):
         dist.all_reduce(counts)
     if counts[3]:
         tqdm.write("stopped while evaluating; training was saved, and the same command goes on from there")
-        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
+        sys.exit(caught[0] if caught else 128 + signal.SIGTERM)
     return to_percent(counts[:3])
 
 
@@ -422,10 +422,11 @@ def extract_features(model, loader, normalize, dtype, pool):
 
 def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
     """Votes (N, classes) for features (N, D): of the k nearest of `bank` (M, D) by cosine, each weighs
-    exp(cosine / temperature); both have unit length (Wu et al., arXiv:1805.01978)."""
+    exp(cosine / temperature), here over the nearest one's weight; both have unit length (Wu et al.,
+    arXiv:1805.01978)."""
     similarity, nearest = (features @ bank.T).topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(features), num_classes, device=features.device)
-    return votes.scatter_add(1, bank_labels[nearest], (similarity / temperature).exp())
+    return votes.scatter_add(1, bank_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,7 +506,8 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     regularise = args.mode != "linear"
     plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
-    args.num_images, args.steps_per_epoch = len(train_set), GlobalBatches(**plan).steps_per_epoch
+    args.images, args.steps_per_epoch = inventory(train_set), GlobalBatches(**plan).steps_per_epoch
+    args.classes = hashlib.sha256("\n".join(train_set.classes).encode()).hexdigest()[:12]
     steps_per_epoch = args.steps_per_epoch
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:
@@ -617,11 +619,11 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     batches.close()
     if request > 1:
         if rank == 0:
-            print(f"{signal.Signals(request).name}: saved after step {step + 1}; the same command goes on from there")
+            print(f"stopped: saved after step {step + 1}; the same command, without --no_resume, goes on from there")
         del net         # as in mae.py
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(128 + request)
+        sys.exit(request)
     return result or evaluate(model, load_val(), normalize, dtype, requests.caught)
 
 

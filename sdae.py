@@ -38,7 +38,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -53,8 +52,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, append,
-                    check_finite, check_output, check_vit, gather, init_linear, load, load_dataset, load_weights,
-                    make_loader, number, pair, save, seed_from, sincos_pos_embed, tidy_output, train_transform)
+                    check_finite, check_output, check_vit, gather, init_linear, inventory, load, load_dataset,
+                    load_weights, make_loader, number, pair, restore, save, seed_from, sincos_pos_embed, tidy_output,
+                    train_transform)
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
@@ -390,15 +390,14 @@ def load_checkpoint(path, args, model, optimizer, scaler):
     there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
     changed = {name: f"{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
                for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)}
-    if changed.keys() - {"amp", "clip_grad", "num_images"}:             # these may mend a run
+    if changed.keys() - {"amp", "clip_grad", "images"}:                 # these may mend a run
         raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): to go on make it as there, else "
                          f"give another --output_dir for a new run, or --no_resume to start over")
     if changed and os.environ.get("RANK", "0") == "0":
         print(f"{path}: going on with {'; '.join(changed.values())}")
-    model.load_state_dict(checkpoint.pop("model"))                      # popped: not to be kept beside the model's own
-    optimizer.load_state_dict(checkpoint.pop("optimizer"))
+    restore(path, checkpoint, model=model, optimizer=optimizer)
     if checkpoint["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore(path, checkpoint, scaler=scaler)
     return checkpoint
 
 
@@ -420,7 +419,7 @@ def main(args):
     source = load_dataset(args.data, "pretrain", args.data_root)
     plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
-    args.num_images, args.steps_per_epoch = len(source), GlobalBatches(**plan).steps_per_epoch   # part of the recipe
+    args.images, args.steps_per_epoch = inventory(source), GlobalBatches(**plan).steps_per_epoch    # part of the recipe
     steps_per_epoch = args.steps_per_epoch
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
     normalize = Normalize().to(device)
@@ -531,7 +530,7 @@ def main(args):
     bar.close()
     batches.close()
     if rank == 0 and request > 1:
-        print(f"{signal.Signals(request).name}: saved after step {step + 1}; the same command goes on from there")
+        print(f"stopped: saved after step {step + 1}; the same command, without --no_resume, goes on from there")
     elif rank == 0:
         save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
         print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
@@ -539,7 +538,7 @@ def main(args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if request > 1:
-        sys.exit(128 + request)
+        sys.exit(request)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ import sdae
 from common import VIT_SIZES, InputError, ViT
 
 ROOT = Path(__file__).parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SCRIPTS = {"mae": mae, "emae": emae, "efficient_mae": efficient_mae, "robust_mae": robust_mae, "sdae": sdae}
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4)  # an encoder for tests
 TINY_DECODER = dict(decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
@@ -64,9 +65,9 @@ def fresh_seed(request):
     print(f"seed {seed}")
     torch.manual_seed(seed)
     np.random.seed(seed)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    for number, handler in handlers.items():  # a script catches both
+    for number, handler in handlers.items():  # a script catches them
         signal.signal(number, handler)
 
 
@@ -637,6 +638,14 @@ def test_efficient_loss_and_ragged_decoder(gamma, beta, p2dist):
     assert torch.equal(pred.isnan().all(2), dropped) and torch.equal(pred.isnan().any(2), dropped)
     for n in range(5):
         torch.testing.assert_close(pred[n, ids_remove[n][easy[n]]], naive_predictions[n], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("P", [2, 4, 8, 14, 16])
+def test_the_least_beta_leaves_patches_to_predict(P):
+    """A patch beside a visible one is within P/2 + 1 pixels, above, below, left and right, by both distances."""
+    for grid, keep in itertools.product([(1, 2), (2, 1)], [0, 1]):
+        for p2dist in (efficient_mae.p2dist_approximate, efficient_mae.p2dist_exact):
+            assert p2dist(torch.tensor([[keep]]), torch.tensor([[1 - keep]]), grid, P).item() <= P / 2 + 1
 
 
 def test_padded_attention_in_the_model(monkeypatch):
@@ -1676,9 +1685,9 @@ emae          | --parts 3                                  | --parts 3 must divi
 emae          | --parts 1                                  | --parts: 1 is not in [2, inf)
 emae          | --parts 2                                  | --consistency_weight must be 0 with --parts 2
 emae          | --consistency_weight -1                    | --consistency_weight: -1 is not in [0, inf)
-efficient_mae | --gamma -0.1                               | --gamma: -0.1 is not in [0, inf)
-efficient_mae | --gamma inf                                | --gamma: inf is not in [0, inf)
-efficient_mae | --beta 1.9                                 | --beta must be at least 2
+efficient_mae | --gamma -0.1                               | --gamma: -0.1 is not in [0, 10]
+efficient_mae | --gamma inf                                | --gamma: inf is not in [0, 10]
+efficient_mae | --beta 4.9                                 | --beta must be at least 5
 efficient_mae | --beta 0                                   | --beta: 0 is not in (0, inf]
 efficient_mae | --beta nan                                 | --beta: nan is not in (0, inf]
 efficient_mae | --mask_ratio 0.95                          | --mask_ratio 0.95 must keep and remove at least one of 16
@@ -2083,7 +2092,9 @@ def test_knn_by_hand():
     for query, row in zip(queries, scores):
         nearest = sorted(range(30), key=lambda i: -(bank[i] @ query).item())[:7]
         votes = [sum(math.exp((bank[i] @ query).item() / 0.07) for i in nearest if labels[i] == c) for c in range(4)]
-        assert row.tolist() == pytest.approx(votes, rel=1e-4)
+        scale = math.exp((bank[nearest[0]] @ query).item() / 0.07)  # scores are over the nearest one's weight
+        assert (row * scale).tolist() == pytest.approx(votes, rel=1e-4)
+    assert finetune.knn_scores(queries, bank, labels, 4, k=7, temperature=0.001).isfinite().all()  # e^1000 is not
     hits = finetune.hits(torch.tensor([[0.1, 0.9, 0.2], [0.5, 0.2, 0.3]]), torch.tensor([1, 2]))
     assert hits.tolist() == [1, 2, 2]
 
@@ -2361,7 +2372,7 @@ def test_signals_save_in_the_middle_of_an_epoch(name, number, folder, tmp_path, 
             with pytest.raises(SystemExit) as stop:
                 method.main(broken)
         assert stop.value.code == 128 + number
-        assert f"{number.name}: saved after step {at}" in capsys.readouterr().out
+        assert f"stopped: saved after step {at}; the same command, without" in capsys.readouterr().out
         assert torch.load(tmp_path / "broken/last.pt", weights_only=True)["step"] == at
         assert len((tmp_path / "broken/log.jsonl").read_text().splitlines()) == at // 3 if at > 2 else True
         signal.signal(number, signal.default_int_handler)
@@ -2377,15 +2388,23 @@ def test_save_requests_between_processes(monkeypatch):
     assert requests.poll() == 0
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)  # as preemption may send it twice
-    assert requests.poll() == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == requests.note
+    assert requests.poll() == 143 and signal.getsignal(signal.SIGTERM) == requests.note
     requests = common.SaveRequests(0, math.inf)
     signal.raise_signal(signal.SIGINT)
-    assert requests.poll() == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert requests.poll() == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert common.SaveRequests(0, 1e-9).poll() == 1 and common.SaveRequests(1, 1e-9).poll() == 0
     monkeypatch.setenv("RANK", "0")
     requests = common.SaveRequests(0, 1e-9)
     signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
-    assert requests.poll() == signal.SIGINT and signal.getsignal(signal.SIGINT) == requests.note
+    assert requests.poll() == 130 and signal.getsignal(signal.SIGINT) == requests.note
+    for number, code in ((signal.SIGHUP, 129), (signal.SIGUSR1, 138)):  # 129, not 1: "save, and go on"
+        requests = common.SaveRequests(0, math.inf)
+        signal.raise_signal(number)
+        assert requests.poll() == code
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup
+    requests = common.SaveRequests(0, math.inf)
+    signal.raise_signal(signal.SIGHUP)
+    assert requests.poll() == 0
 
 
 def test_saves_as_often_as_it_says(folder, tmp_path, monkeypatch):
@@ -2526,17 +2545,19 @@ def test_nothing_is_left_behind(ending, folder, tmp_path):
         time.sleep(0.05)
     assert not processes_of(str(data)) and not list(output.glob("*.tmp"))
     if ending.startswith("SIG"):
-        assert f"{ending}: saved after step" in said and (output / "last.pt").exists()
+        assert (
+            f"{ending}: to be saved" in errors and "stopped: saved after step" in said and (output / "last.pt").exists()
+        )
 
 
 def test_workers_leave_signals_alone(folder):
-    """A job's SIGINT and SIGTERM do not end a loader's worker; the main process's own SIGTERM does."""
+    """A job's signals do not end a loader's worker; the main process's own SIGTERM does. One that dies is named."""
     crops = common.Crops(common.load_dataset(str(folder), "pretrain"), common.train_transform(32, (0.2, 1.0)))
     batches = common.GlobalBatches(48, 16, epochs=20)
     loader = common.make_loader(crops, batches, 1, torch.device("cpu"))
     next(loader)
     worker = multiprocessing.active_children()[-1]
-    for number in ("INT", "TERM"):
+    for number in ("INT", "TERM", "HUP", "USR1"):
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     assert len(list(loader)) == len(batches) - 1 == 59
     loader = common.make_loader(crops, batches, 1, torch.device("cpu"))
@@ -2546,6 +2567,12 @@ def test_workers_leave_signals_alone(folder):
     worker.join(10)
     assert worker.exitcode == 0
     loader.close()
+    loader = common.make_loader(crops, batches, 1, torch.device("cpu"))
+    next(loader)
+    multiprocessing.active_children()[-1].kill()  # as the kernel does where memory is short
+    with pytest.raises(OSError, match="a loader process died; if memory was short, lower --num_workers") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
 
 
 def test_memory_does_not_grow(folder, tmp_path, monkeypatch):
@@ -2731,20 +2758,47 @@ def test_a_line_half_written_is_written_anew(folder, tmp_path):
 
 
 def test_data_that_has_changed(folder, tmp_path, capsys):
-    """An image less in the same number of steps goes on, and is said; another number of steps is another schedule."""
+    """An image less or another in the same number of steps goes on, and is said; another number of steps is another
+    schedule. A run's own pictures are no data."""
     data = tmp_path / "data"
     shutil.copytree(folder / "train", data)
-    run = lambda: mae.main(mae.get_args(small_args(data, tmp_path / "out", "--batch_size", "15")))
-    run()
     paths = sorted(data.rglob("*.png"))
+    run = lambda: mae.main(mae.get_args(small_args(data, data / "out", "--batch_size", "15")))
+    run()
+    run()
+    assert "going on with" not in capsys.readouterr().out and (data / "out/reconstruction.png").exists()
     paths[0].unlink()
     run()
-    assert "going on with num_images 48 there, 47 here" in capsys.readouterr().out
-    for path in paths[1:10]:
+    assert re.search(r"going on with images 48 \(\w{12}\) there, 47 \(\w{12}\) here", capsys.readouterr().out)
+    paths[1].rename(paths[1].with_name("new.png"))
+    run()
+    assert re.search(r"going on with images 48 \(\w{12}\) there, 47 \(\w{12}\) here", capsys.readouterr().out)
+    for path in paths[2:11]:
         path.unlink()
-    with pytest.raises(InputError, match="num_images 48 there, 38 here; steps_per_epoch 3 there, 2 here") as caught:
+    with pytest.raises(InputError, match=r"images 48 .* there, 38 .* here; steps_per_epoch 3 there, 2 here") as caught:
         run()
     assert "--steps_per_epoch" not in str(caught.value)
+
+
+def test_what_a_run_trains_on(folder, tmp_path):
+    """As checkpoints note it: equal for a moved folder, another for another name; of drawn images just the number."""
+    a, b = (shutil.copytree(folder / "train", tmp_path / name) for name in ("a", "there/b"))
+    inventory = lambda root: common.inventory(common.load_dataset(str(root), "pretrain"))
+    assert inventory(a) == inventory(b) and re.fullmatch(r"48 \(\w{12}\)", inventory(a))
+    next(b.rglob("*.png")).rename(b / "class 0 é" / "new.png")
+    assert inventory(a) != inventory(b) and inventory("shapes") == "6000"
+
+
+def test_finetuning_goes_on_with_the_same_classes(folder, tmp_path):
+    """A class that is renamed may change every label's number."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    args = finetune.get_args(tune_args(data, tmp_path / "out"))
+    finetune.main(args)
+    for split in ("train", "val"):
+        (data / split / "class 0 é").rename(data / split / "class 9 é")
+    with pytest.raises(InputError, match=r"classes \w{12} there, \w{12} here"):
+        finetune.main(args)
 
 
 def test_folders_that_cannot_be_listed(folder, monkeypatch):
@@ -2838,6 +2892,14 @@ def test_checkpoints_that_are_not_to_be_trusted(name, run_of, folder, tmp_path, 
     shutil.copy(run_of(name) / "encoder.pt", path)
     with pytest.raises(InputError, match="is no checkpoint to go on from: it has no optimizer"):
         method.main(method.get_args(small_args(folder, tmp_path / "out")))
+    torch.save(
+        {**last, "model": {**last["model"], "norm.bias": torch.full_like(last["model"]["norm.bias"], math.nan)}}, path
+    )
+    refused("holds weights that are not finite: it is of a run that diverged")
+    for part, state in (("model", {}), ("optimizer", {}), ("optimizer", {"state": {}, "param_groups": []})):
+        torch.save({**last, part: state}, path)
+        with pytest.raises(InputError, match=rf"last.pt': its {part} does not fit \(\w+\); give another --output_dir"):
+            method.main(method.get_args(small_args(folder, tmp_path / "out")))
 
 
 def test_nothing_is_unpickled_unsafely():
@@ -3078,7 +3140,7 @@ def test_what_replaces_a_bad_file(folder, tmp_path):
     assert crops[0, 47][1] == source[0][1] and len(crops[0, 47][2]) == 1
     for path in paths:
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="cannot be used"):  # all are bad, however many may be: it ends
+    with pytest.raises(InputError, match="cannot be used.*; no other is left"):  # however many may be bad: it ends
         common.Crops(source, crops.transform, 1, skip_bad=1000)[0, 4]
     strict = common.Crops(source, crops.transform, 1)  # evaluation: nothing may be replaced
     with pytest.raises(InputError) as caught:

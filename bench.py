@@ -1,0 +1,530 @@
+"""How fast the scripts are, and beside whom.
+
+    python bench.py                     # every method: images/s of a training step, memory, multiply-adds
+    python bench.py --peers             # MAE beside transformers', lightly's and timm's (pip install them first)
+    python bench.py --loader DIR        # decoding and augmentation of a folder's photographs, per core
+    python bench.py --end_to_end DIR    # training from the loader beside training from memory
+    python bench.py --scaling           # two processes; image sizes, mask ratios, model sizes
+
+Everything compared is measured in one run, turn by turn: each candidate lives in a process of its own, trains for some
+steps when it is its turn, and waits for the rest. Figures are medians over the rounds, ratios the median of each
+round's ratio, with the least and the largest in brackets. Ours run the script's own `main`, with nothing replaced but
+the loader (random uint8 images from memory) and, in Robust MAE, the statistics gathered before the first step; so
+a step includes the log, the check for finite values and the gradient's norm. A table (.md) and the raw times (.json)
+are written into --output_dir.
+"""
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing as multiprocessing
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import common
+import mae
+from common import VIT_SIZES, InputError, Normalize, amp_dtype, number
+
+METHODS = ["mae", "emae", "efficient_mae", "robust_mae", "sdae"]
+SETTINGS = {  # flags of the scripts; images a step on a CPU, on a GPU
+    "vit_tiny": ("--img_size 32 --patch_size 4 --decoder_embed_dim 192 --decoder_depth 4 --decoder_num_heads 3",
+                 128, 4096),
+    "vit_base": ("", 16, 256),
+    "vit_large": ("", 8, 256),
+    "vit_huge": ("", 4, 128),
+}
+
+
+def get_args(argv=None):
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--peers", action="store_true", help="MAE beside other implementations")
+    what.add_argument("--loader", metavar="DIR", help="images/s of one core, from files to uint8 crops")
+    what.add_argument("--end_to_end", metavar="DIR", help="training from a folder's images")
+    what.add_argument("--scaling", action="store_true", help="processes, image sizes, mask ratios, model sizes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--models", nargs="+", choices=SETTINGS, help="default: vit_base, with vit_tiny (32 pixels, "
+                        "patches of 4) on a CPU, with vit_large and vit_huge on a GPU")
+    parser.add_argument("--amp", nargs="+", choices=["bf16", "fp16", "none"], help="default: bf16; on a CPU none too")
+    parser.add_argument("--batch_size", type=number(int, "[1, inf)"), help="images a step (default: by model)")
+    parser.add_argument("--rounds", type=number(int, "[1, inf)"), default=5)
+    parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=3.0, help="about how long a turn is")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours (--peers: has both)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument("--output_dir", default="runs/bench")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = args.device == "cuda"
+    args.models = args.models or (["vit_base", "vit_large", "vit_huge"] if gpu else ["vit_tiny", "vit_base"])
+    args.amp = args.amp or (["bf16"] if gpu else ["bf16", "none"])
+    for folder in filter(None, (args.loader, args.end_to_end)):
+        if not os.path.isdir(folder):
+            raise InputError(f"no folder '{folder}': give one with photographs")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Candidates: each in a process of its own, which trains when it is told to
+# ---------------------------------------------------------------------------------------------------------------------
+class Candidate:
+    """A process that runs `function(turns, *arguments)`; `turn(steps)` lets it go on, and returns seconds a step."""
+
+    def __init__(self, label, function, *arguments, environment=None, **facts):
+        context = multiprocessing.get_context("spawn")
+        self.label, self.facts, self.times = label, facts, []
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=in_its_process, args=(theirs, environment or {}, function, arguments))
+        self.process.start()
+        theirs.close()
+
+    def tell(self, steps):
+        with contextlib.suppress(OSError):      # its last words are in the pipe
+            self.pipe.send(steps)
+
+    def hear(self):
+        """Seconds a step of the turn begun by `tell`. Raises InputError where the process has failed."""
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            answer = "its process died"
+        if isinstance(answer, str):
+            raise InputError(f"{self.label}: {answer}")
+        seconds, self.memory = answer
+        return seconds
+
+    def turn(self, steps):
+        self.tell(steps)
+        return self.hear()
+
+    def stop(self):
+        self.pipe.close()
+        self.process.join(30)
+        self.process.kill()
+
+
+def in_its_process(pipe, environment, function, arguments):
+    """What a candidate's process runs; all it prints is kept from the terminal."""
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            function(lambda batches, device: turns(pipe, batches, device), *arguments)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def turns(pipe, batches, device):
+    """Hands on `batches`, as many as each turn has steps, and answers with seconds a step and peak memory in bytes."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    while True:
+        try:
+            steps = pipe.recv()
+        except EOFError:                    # the bench is done
+            return
+        wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            yield next(batches)
+        wait()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+        pipe.send(((time.perf_counter() - start) / steps, memory))
+
+
+def from_memory(batch_size, img_size, device):
+    """The same random batch without end: imgs uint8 (N, 3, H, W), labels."""
+    imgs = torch.randint(256, (batch_size, 3, *img_size), dtype=torch.uint8)
+    imgs = imgs.pin_memory() if device.type == "cuda" else imgs
+    while True:
+        yield imgs, torch.zeros(batch_size, dtype=torch.int64)
+
+
+def ours(turns, name, words, folder=None):
+    """A script's own main. `folder`: from its images, through the script's own loader."""
+    module = importlib.import_module(name)
+    args = module.get_args(words)
+    real_loader = module.make_loader
+
+    def make_loader(crops, batches, num_workers, device, skipped):
+        if folder is None:
+            return turns(from_memory(args.batch_size // batches.world_size, common.pair(args.img_size), device), device)
+        return turns(real_loader(crops, batches, num_workers, device, skipped), device)
+
+    module.make_loader = make_loader
+    if folder is None:
+        module.load_dataset = lambda *_: range(10**6 * args.batch_size)     # its length is all that is asked
+    if name == "robust_mae":
+        module.patch_statistics = lambda *_: (0.5, 0.1)
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        module.main(args)
+
+
+def matrix_product(turns, size, dtype, device):
+    """size × size matrices: size³ multiply-adds a step."""
+    device = torch.device(device)
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    for _ in turns(iter(lambda: 0, 1), device):
+        a @ b
+
+
+def peer(turns, library, words, tuned, compiled, attention="sdpa"):
+    """Another implementation of MAE in the loop that its examples show; `tuned`: fused AdamW. Precision as ours."""
+    args = mae.get_args(words)
+    args.rank, device = 0, torch.device(args.device)
+    dtype = amp_dtype(args.amp, device)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("timm.layers").set_fused_attn(attention == "sdpa")      # for lightly's blocks too
+    model = PEERS[library](args, attention).to(device)
+    if compiled:
+        model.compile()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, betas=(0.9, 0.95),
+                                  weight_decay=0.05, **({"fused": True} if tuned else {}))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    normalize = Normalize().to(device)
+    if device.type == "cuda" and tuned:
+        torch.set_float32_matmul_precision("high")
+    for imgs, _ in turns(from_memory(args.batch_size, common.pair(args.img_size), device), device):
+        imgs = normalize(imgs.to(device, non_blocking=True))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(imgs)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers: modules from images (N, 3, H, W) to MAE's loss
+# ---------------------------------------------------------------------------------------------------------------------
+def transformers_mae(args, attention):
+    """transformers.ViTMAEForPreTraining."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    size = VIT_SIZES[args.model]
+    config = ViTMAEConfig(
+        hidden_size=size["embed_dim"], num_hidden_layers=size["depth"], num_attention_heads=size["num_heads"],
+        intermediate_size=4 * size["embed_dim"], image_size=args.img_size[0], patch_size=args.patch_size,
+        decoder_hidden_size=args.decoder_embed_dim, decoder_num_hidden_layers=args.decoder_depth,
+        decoder_num_attention_heads=args.decoder_num_heads, decoder_intermediate_size=4 * args.decoder_embed_dim,
+        mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix, attn_implementation=attention)
+
+    class Model(ViTMAEForPreTraining):
+        def forward(self, imgs):
+            return super().forward(imgs).loss
+    return Model(config)
+
+
+def lightly_mae(args, attention):
+    """lightly's modules, put together as in its documentation; its example's targets are not standardised."""
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            vit = timm_vit(args)
+            self.backbone = MaskedVisionTransformerTIMM(vit=vit)
+            self.decoder = MAEDecoderTIMM(
+                num_patches=vit.patch_embed.num_patches, patch_size=args.patch_size, embed_dim=vit.embed_dim,
+                decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+                decoder_num_heads=args.decoder_num_heads)
+
+        def forward(self, imgs):
+            size = (len(imgs), self.backbone.sequence_length)
+            keep, remove = utils.random_token_mask(size=size, mask_ratio=args.mask_ratio, device=imgs.device)
+            x = self.decoder.embed(self.backbone.encode(images=imgs, idx_keep=keep))
+            tokens = utils.repeat_token(self.decoder.mask_token, size)
+            x = self.decoder.decode(utils.set_at_index(tokens, keep, x.type_as(tokens)))
+            pred = self.decoder.predict(utils.get_at_index(x, remove))
+            return F.mse_loss(pred, utils.get_at_index(utils.patchify(imgs, args.patch_size), remove - 1))
+    return Model()
+
+
+def timm_mae(args, attention):
+    """What a user writes with timm's blocks: all patches embedded, gathered, unshuffled, all of them predicted."""
+    from timm.models.vision_transformer import Block
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, width = timm_vit(args), args.decoder_embed_dim
+            self.embed = nn.Linear(self.vit.embed_dim, width)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.position = nn.Parameter(torch.zeros(1, 1 + self.vit.patch_embed.num_patches, width), False)
+            self.blocks = nn.Sequential(*(Block(width, args.decoder_num_heads, qkv_bias=True)
+                                          for _ in range(args.decoder_depth)))
+            self.norm, self.pred = nn.LayerNorm(width), nn.Linear(width, 3 * args.patch_size**2)
+
+        def forward(self, imgs):
+            x = self.vit.patch_embed(imgs) + self.vit.pos_embed[:, 1:]
+            N, L, D = x.shape
+            shuffle = torch.rand(N, L, device=x.device).argsort(dim=1)
+            restore, keep = shuffle.argsort(dim=1), int(L * (1 - args.mask_ratio))
+            x = torch.gather(x, 1, shuffle[:, :keep, None].expand(-1, -1, D))
+            x = torch.cat([(self.vit.cls_token + self.vit.pos_embed[:, :1]).expand(N, -1, -1), x], dim=1)
+            x = self.embed(self.vit.norm(self.vit.blocks(x)))
+            tokens = torch.cat([x[:, 1:], self.mask_token.expand(N, L - keep, -1).to(x.dtype)], dim=1)
+            tokens = torch.gather(tokens, 1, restore[:, :, None].expand(-1, -1, x.shape[2]))
+            pred = self.pred(self.norm(self.blocks(torch.cat([x[:, :1], tokens], dim=1) + self.position)))[:, 1:]
+            target = mae.patchify(imgs, args.patch_size)
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+            mask = torch.ones(N, L, device=x.device)
+            mask[:, :keep] = 0
+            mask = mask.gather(1, restore)
+            return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+    return Model()
+
+
+def timm_vit(args):
+    from timm.models.vision_transformer import VisionTransformer
+    return VisionTransformer(img_size=args.img_size[0], patch_size=args.patch_size, num_classes=0,
+                             **{key: VIT_SIZES[args.model][key] for key in ("embed_dim", "depth", "num_heads")})
+
+
+PEERS = {"transformers": transformers_mae, "lightly": lightly_mae, "timm": timm_mae}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiply-adds of an image in training: forward and backward
+# ---------------------------------------------------------------------------------------------------------------------
+def counted(name, words, images=16):
+    """What the script's model does, by torch's FlopCounter, over `images` (Efficient MAE's differ)."""
+    module = importlib.import_module(name)
+    args = module.get_args([*words, "--batch_size", "2"])
+    images = images if name == "efficient_mae" else 2
+    model = module.build_model(args).train()
+    imgs = torch.randn(images, 3, *common.pair(args.img_size))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(imgs)[0].backward()
+    return counter.get_total_flops() / 2 / images
+
+
+def tight(name, words):
+    """What the method cannot do without: three times the forward products (one forward, two backward), less what
+    gradients of pixels would cost; only visible patches embedded, only removed ones predicted."""
+    module = importlib.import_module(name)
+    args = module.get_args(words)
+    size = VIT_SIZES[args.model]
+    P, D, depth, d = args.patch_size, size["embed_dim"], size["depth"], args.decoder_embed_dim
+    N = math.prod(n // P for n in common.pair(args.img_size))
+    ratio = 1 - 1 / args.parts if name == "emae" else args.mask_ratio
+    keep = int(N * (1 - ratio) + 1e-6)
+    block = lambda tokens, width: 12 * tokens * width**2 + 2 * tokens**2 * width
+    values = D if name == "sdae" else 3 * P * P                             # that are predicted of a patch
+    embed = keep * 3 * P * P * D
+    removed = np.array([N - keep])
+    if name == "efficient_mae":
+        with torch.device("cpu"):
+            removed = module.build_model(args).decoder_masking(torch.rand(1000, N))[3].sum(dim=1).numpy()
+    forward = (embed + depth * block(1 + keep, D) + (1 + keep) * D * d
+               + np.mean(args.decoder_depth * block(1 + keep + removed, d) + removed * d * values))
+    total = 3 * forward - embed
+    if name == "emae":
+        total *= args.parts
+    if name == "sdae":                                                      # the teacher has no backward pass
+        fold = (N - keep) // args.folds
+        total += args.folds * (fold * 3 * P * P * D + depth * block(1 + fold, D))
+    return float(total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def ended_at_last(candidates):
+    """Ends all candidates' processes, however the block ends."""
+    try:
+        yield candidates
+    finally:
+        for candidate in candidates:
+            candidate.stop()
+
+
+def measure(candidates, args):
+    """Fills each candidate's `times`, seconds a step in each round; candidates may be groups that run at once."""
+    with ended_at_last([c for group in candidates for c in as_group(group)]):
+        steps = []
+        for group in tqdm(candidates, "warming up", leave=False):
+            turn(group, 2)                                                  # compiles, fills caches
+            steps.append(max(1, round(args.seconds / turn(group, 1))))
+        for round_ in tqdm(range(args.rounds), "rounds", leave=False):
+            order = range(len(candidates))
+            for i in [*order[round_ % len(order):], *order[:round_ % len(order)]]:
+                turn(candidates[i], steps[i], keep=True)
+
+
+def as_group(group):
+    return group if isinstance(group, tuple) else (group,)
+
+
+def turn(group, steps, keep=False):
+    """One turn of all of a group at once; the slowest one's seconds a step."""
+    group = as_group(group)
+    for candidate in group:
+        candidate.tell(steps)
+    seconds = [candidate.hear() for candidate in group]
+    if keep:
+        for candidate in group:
+            candidate.times.append(max(seconds))
+    return max(seconds)
+
+
+def spread(values, digits=2):
+    """Median with the least and the largest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def over(a, b):
+    """Ratios of two candidates' times, round by round."""
+    return [x / y for x, y in zip(a.times, b.times)]
+
+
+def words_of(model, args, amp, *more):
+    """A script's command line for a model of SETTINGS."""
+    flags, on_cpu, on_gpu = SETTINGS[model]
+    batch_size = args.batch_size or (on_cpu if args.device == "cpu" else on_gpu)
+    return [*f"--model {model} {flags} --batch_size {batch_size} --amp {amp} --device {args.device}".split(), *more]
+
+
+def batch_of(words):
+    return int(words[words.index("--batch_size") + 1])
+
+
+def product(args, amp):
+    """The candidate for the machine's matrix-product rate."""
+    size = 8192 if args.device == "cuda" else 2048
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}[amp]
+    return Candidate("matrix product", matrix_product, size, dtype, args.device, macs=size**3, images=1)
+
+
+def rates(candidate, limit):
+    """Images/s, and the share of the matrix-product rate, round by round."""
+    macs = candidate.facts["macs"] * candidate.facts["images"]
+    share = [100 * macs / limit.facts["macs"] * ratio for ratio in over(limit, candidate)]
+    return [candidate.facts["images"] / t for t in candidate.times], share
+
+
+def limit_of(limit):
+    return f"matrix products: {limit.facts['macs'] / statistics.median(limit.times) / 1e12:.3f} T multiply-adds/s"
+
+
+def methods(args):
+    """The five scripts' training steps."""
+    for model in args.models:
+        for amp in args.amp:
+            words = words_of(model, args, amp, *["--compile"] * args.compile)
+            candidates = [Candidate(f"`{name}.py`", ours, name, words, images=batch_of(words),
+                                    macs=counted(name, words), tight=tight(name, words)) for name in args.methods]
+            limit = product(args, amp)
+            measure([*candidates, limit], args)
+            rows, first = [], candidates[0]
+            for candidate in candidates:
+                images, share = rates(candidate, limit)
+                macs = candidate.facts["macs"]
+                rows.append([candidate.label, spread(images), spread(over(candidate, first)), f"{macs / 1e9:.2f}",
+                             f"{macs / first.facts['macs']:.2f}", f"{macs / candidate.facts['tight']:.3f}",
+                             f"{statistics.median(share):.0f} %", f"{candidate.memory / 1e9:.1f}"])
+            yield (f"{model}, {amp}{', compiled' * args.compile}, {batch_of(words)} images a step; {limit_of(limit)} "
+                   f"(`{' '.join(words)}`)",
+                   ["script", "images/s", f"step time over {first.label}", "G multiply-adds an image",
+                    f"over {first.label}", "over the tight count", "of the matrix-product rate", "peak memory, GB"],
+                   rows, [*candidates, limit])
+
+
+def peers(args):
+    """MAE beside other implementations on the same random batch, in the same precision."""
+    for model in args.models:
+        for amp in args.amp:
+            words, plain = words_of(model, args, amp), "eager" if args.device == "cpu" and amp == "bf16" else "sdpa"
+            facts = dict(macs=counted("mae", words), images=batch_of(words))
+            for tuned in (False, True):
+                candidates = [Candidate("`mae.py`", ours, "mae", words, **facts),
+                              Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts)]
+                for name in PEERS:
+                    if not tuned:
+                        candidates.append(Candidate(f"{name}, as shipped", peer, name, words, False, False, **facts))
+                        continue
+                    for compiled in (False, True):
+                        label = f"{name}, tuned: fused AdamW, {plain} attention{', compiled' * compiled}"
+                        candidates.append(Candidate(label, peer, name, words, True, compiled, plain, **facts))
+                limit = product(args, amp)
+                measure([*candidates, limit], args)
+                rows = []
+                for candidate in candidates:
+                    images, share = rates(candidate, limit)
+                    rows.append([candidate.label, spread(images), spread(over(candidate, candidates[0])),
+                                 spread(over(candidate, candidates[1])), f"{statistics.median(share):.0f} %",
+                                 f"{candidate.memory / 1e9:.1f}"])
+                yield (f"{model}, {amp}, {batch_of(words)} images a step; {limit_of(limit)} (`{' '.join(words)}`)",
+                       ["implementation", "images/s", "step time over `mae.py`", "over `mae.py --compile`",
+                        "of the matrix-product rate, by ours' multiply-adds", "peak memory, GB"],
+                       rows, [*candidates, limit])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def machine():
+    """One line on what ran it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    versions = [f"{module.__name__} {module.__version__}" for module in (torch, torchvision, np)]
+    for other in PEERS:
+        with contextlib.suppress(ImportError):
+            versions.append(f"{other} {importlib.metadata.version(other)}")
+    return f"{name}, {os.cpu_count()} cores ({torch.get_num_threads()} threads); {', '.join(versions)}"
+
+
+def main(args):
+    """Measures, prints and writes the tables."""
+    what = next((name for name in ("peers", "loader", "end_to_end", "scaling") if getattr(args, name)), "methods")
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    text, raw = [f"`{command}`, {machine()}. Medians of {args.rounds} rounds, least and largest in brackets."], []
+    for title, head, rows, candidates in globals()[what](args):
+        lines = [head, ["---"] * len(head), *rows]
+        text.append("\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]))
+        print("\n" + text[-1], flush=True)
+        raw.append({"title": title, "candidates": [{"label": c.label, **c.facts, "seconds": c.times,
+                                                    "memory": getattr(c, "memory", None)} for c in candidates]})
+        (output / f"{what}_{args.device}.md").write_text("\n\n".join(text) + "\n")
+        (output / f"{what}_{args.device}.json").write_text(json.dumps(
+            {"command": command, "machine": machine(), "rounds": args.rounds, "tables": raw}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except (InputError, ImportError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

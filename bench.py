@@ -16,12 +16,15 @@ are written into --output_dir.
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import platform
 import resource
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +37,12 @@ import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 import common
@@ -76,6 +83,8 @@ def get_args(argv=None):
     gpu = args.device == "cuda"
     args.models = args.models or (["vit_base", "vit_large", "vit_huge"] if gpu else ["vit_tiny", "vit_base"])
     args.amp = args.amp or (["bf16"] if gpu else ["bf16", "none"])
+    if args.methods[0] != "mae":
+        raise InputError("--methods begins with mae, which the others are measured by")
     for folder in filter(None, (args.loader, args.end_to_end)):
         if not os.path.isdir(folder):
             raise InputError(f"no folder '{folder}': give one with photographs")
@@ -467,6 +476,9 @@ def peers(args):
                 candidates = [Candidate("`mae.py`", ours, "mae", words, **facts),
                               Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts)]
                 for name in PEERS:
+                    if not importlib.util.find_spec(name):
+                        print(f"{name} is not installed and left out", file=sys.stderr)
+                        continue
                     if not tuned:
                         candidates.append(Candidate(f"{name}, as shipped", peer, name, words, False, False, **facts))
                         continue
@@ -485,6 +497,134 @@ def peers(args):
                        ["implementation", "images/s", "step time over `mae.py`", "over `mae.py --compile`",
                         "of the matrix-product rate, by ours' multiply-adds", "peak memory, GB"],
                        rows, [*candidates, limit])
+
+
+class UsualImages(Dataset):
+    """A folder's images through the transform that the public MAE code uses, as torchvision has it, on PIL images."""
+
+    def __init__(self, folder, img_size, normalized=True):
+        self.paths = [os.fsdecode(path) for path in common.load_dataset(folder, "pretrain").paths]
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            *([transforms.ToTensor(), transforms.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD)] if normalized
+              else [transforms.PILToTensor()])])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        with open(self.paths[index], "rb") as file:
+            img = Image.open(file).convert("RGB")
+        return self.transform(img), 0
+
+
+def passes(turns, folder, img_size, usual):
+    """A step is one pass over a folder's images (at most 1024), in batches of 64, in one process."""
+    if usual:
+        dataset = UsualImages(folder, img_size)
+        subset = Subset(dataset, range(min(1024, len(dataset))))
+        loader = lambda: DataLoader(subset, batch_size=64)
+    else:
+        crops = common.Crops(common.load_dataset(folder, "pretrain"), common.train_transform(img_size, (0.2, 1.0)))
+        batches = common.eval_batches(min(1024, len(crops)), 64)
+        loader = lambda: common.make_loader(crops, batches, 0, torch.device("cpu"))
+    for _ in turns(iter(lambda: 0, 1), torch.device("cpu")):
+        for _ in loader():
+            pass
+
+
+def loader(args):
+    """Decoding, cropping, resizing and flipping in one process with one thread, up to a batch in memory."""
+    for img_size in (224, 128):
+        images = min(1024, len(common.load_dataset(args.loader, "pretrain")))
+        one = {"OMP_NUM_THREADS": "1"}
+        candidates = [Candidate(label, passes, args.loader, img_size, usual, environment=one, images=images)
+                      for label, usual in (("ours: uint8 crops, resized as tensors", False),
+                                           ("usual: PIL crops, ToTensor, Normalize", True))]
+        measure(candidates, args)
+        rows = [[c.label, spread([images / t for t in c.times], 0), spread(over(candidates[1], c)),
+                 str(3 * img_size**2 * (1 if c is candidates[0] else 4))] for c in candidates]
+        yield (f"{images} images to {img_size} pixels; equal crops differ by {differences(args, img_size)}",
+               ["pipeline", "images/s of one core", "times the usual", "bytes an image to the device"], rows, candidates)
+
+
+def differences(args, img_size):
+    """Between crops of equal seeds: mean absolute difference of pixels, in levels of 256."""
+    usual, ours = UsualImages(args.loader, img_size, False), common.train_transform(img_size, (0.2, 1.0))
+    source, means = common.load_dataset(args.loader, "pretrain"), []
+    for i in range(min(1024, len(source))):
+        torch.manual_seed(i)
+        theirs = usual[i][0].float()
+        torch.manual_seed(i)
+        means.append((theirs - ours(source[i][0]).float()).abs().mean().item())
+    return f"{statistics.mean(means):.3f} of 256 levels on average, by {max(means):.3f} in the image with the most"
+
+
+def end_to_end(args):
+    """MAE from a folder's images beside the same from memory, and what its log says."""
+    for model in args.models:
+        for amp in args.amp:
+            words = words_of(model, args, amp, "--data", args.end_to_end, "--epochs", "1000")
+            facts = dict(images=batch_of(words))
+            candidates = [Candidate("from memory", ours, "mae", words, **facts),
+                          Candidate("from the folder", ours, "mae", words, args.end_to_end, **facts)]
+            measure(candidates, args)
+            with tempfile.TemporaryDirectory() as output:
+                more = ["--epochs", "2", "--warmup_epochs", "1", "--output_dir", output]
+                subprocess.run([sys.executable, Path(__file__).parent / "mae.py", *words, *more], check=True,
+                               capture_output=True)
+                logged = json.loads((Path(output) / "log.jsonl").read_text().splitlines()[1])["images_per_s"]
+            bench = statistics.median(facts["images"] / t for t in candidates[1].times)
+            rows = [[c.label, spread([facts["images"] / t for t in c.times]), spread(over(candidates[0], c))]
+                    for c in candidates]
+            rows.append(["the log of a run without the bench, second epoch", f"{logged:.2f}",
+                         f"{logged / bench:.2f} of the bench's median"])
+            yield (f"{model}, {amp}, {facts['images']} images a step (`{' '.join(words)}`)",
+                   ["images", "images/s", "times the rate from memory"], rows, candidates)
+
+
+def scaling(args):
+    """Two processes beside two alone; then MAE's step against image size, mask ratio and model, and the cost law."""
+    amp, model = args.amp[0], args.models[-1]
+    batch_size = args.batch_size or (64 if args.device == "cpu" else 256)
+    words = words_of(model, args, amp, "--batch_size", str(batch_size))
+    two = [*words[:-1], str(2 * batch_size)]
+    processes = torch.cuda.device_count() if args.device == "cuda" else os.cpu_count()
+    if processes >= 2:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        shared = {"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {}
+        rank = lambda i: {**shared, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                          "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+        alone = lambda i: {**shared, **({"CUDA_VISIBLE_DEVICES": str(i)} if args.device == "cuda" else {})}
+        groups = [tuple(Candidate(label, ours, "mae", line, environment=environment(i), images=batch_size)
+                        for i in range(2))
+                  for label, line, environment in (("two processes of one run (DDP)", two, rank),
+                                                   ("two runs of one process each, at once", words, alone))]
+        measure(groups, args)
+        rows = [[group[0].label, spread([2 * batch_size / t for t in group[0].times]),
+                 spread(over(groups[1][0], group[0])), f"{group[0].memory / 1e9:.1f}"] for group in groups]
+        each = "one core" if args.device == "cpu" else "one GPU"
+        yield (f"{model}, {amp}, {batch_size} images a process, {each} each",
+               ["", "images/s, both together", "times two runs", "peak memory of a process, GB"], rows,
+               [c for group in groups for c in group])
+
+    models = "vit_small vit_base vit_large" if args.device == "cpu" else "vit_base vit_large vit_huge"
+    sweeps = {"image size": ("--img_size", "128 224 384"), "mask ratio": ("--mask_ratio", "0.5 0.75 0.85 0.9 0.95"),
+              "model": ("--model", models)}
+    for what, (flag, values) in sweeps.items():
+        lines = [words_of(model, args, amp, flag, value) for value in values.split()]
+        candidates = [Candidate(" ".join(line[-2:]), ours, "mae", line, images=batch_of(line), macs=tight("mae", line))
+                      for line in lines]
+        measure(candidates, args)
+        base = next(c for c in candidates if c.label in ("--img_size 224", "--mask_ratio 0.75", "--model vit_base"))
+        rows = [[f"`{c.label}`", spread([c.facts["images"] / t for t in c.times]), spread(over(c, base)),
+                 f"{c.facts['macs'] / base.facts['macs']:.2f}", f"{c.memory / 1e9:.1f}"] for c in candidates]
+        yield (f"{what}: {model}, {amp}, {base.facts['images']} images a step",
+               ["flag", "images/s", f"step time over `{base.label}`", "multiply-adds over it (the cost law)",
+                "peak memory, GB"], rows, candidates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -252,25 +252,25 @@ def transformers_mae(args, attention):
 def lightly_mae(args, attention):
     """lightly's modules, put together as in its documentation; its example's targets are not standardised."""
     from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             vit = timm_vit(args)
             self.backbone = MaskedVisionTransformerTIMM(vit=vit)
-            self.decoder = MAEDecoderTIMM(
-                num_patches=vit.patch_embed.num_patches, patch_size=args.patch_size, embed_dim=vit.embed_dim,
-                decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
-                decoder_num_heads=args.decoder_num_heads)
+            self.embed = nn.Linear(vit.embed_dim, args.decoder_embed_dim)
+            self.decoder = MaskedVisionTransformerDecoderTIMM(vit.patch_embed.num_patches, args.decoder_embed_dim,
+                                                              args.decoder_depth, args.decoder_num_heads)
+            self.pred = nn.Linear(args.decoder_embed_dim, 3 * args.patch_size**2)
 
         def forward(self, imgs):
             size = (len(imgs), self.backbone.sequence_length)
             keep, remove = utils.random_token_mask(size=size, mask_ratio=args.mask_ratio, device=imgs.device)
-            x = self.decoder.embed(self.backbone.encode(images=imgs, idx_keep=keep))
+            x = self.embed(self.backbone.encode(images=imgs, idx_keep=keep))
             tokens = utils.repeat_token(self.decoder.mask_token, size)
-            x = self.decoder.decode(utils.set_at_index(tokens, keep, x.type_as(tokens)))
-            pred = self.decoder.predict(utils.get_at_index(x, remove))
+            x = self.decoder.add_pos_embed(utils.set_at_index(tokens, keep, x.type_as(tokens)))
+            pred = self.pred(utils.get_at_index(self.decoder.decode(x), remove))
             return F.mse_loss(pred, utils.get_at_index(utils.patchify(imgs, args.patch_size), remove - 1))
     return Model()
 
@@ -545,8 +545,10 @@ def loader(args):
         measure(candidates, args)
         rows = [[c.label, spread([images / t for t in c.times], 0), spread(over(candidates[1], c)),
                  str(3 * img_size**2 * (1 if c is candidates[0] else 4))] for c in candidates]
-        yield (f"{images} images to {img_size} pixels; equal crops differ by {differences(args, img_size)}",
-               ["pipeline", "images/s of one core", "times the usual", "bytes an image to the device"], rows, candidates)
+        yield (f"{images} images to {img_size} pixels; equal crops differ by "
+               f"{differences(args, img_size)}",
+               ["pipeline", "images/s of one core", "times the usual", "bytes an image to the device"], rows,
+               candidates)
 
 
 def differences(args, img_size):

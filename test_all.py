@@ -3430,9 +3430,9 @@ def test_two_processes_of_the_four(name, folder, tmp_path):
 
 
 def test_bench(tmp_path, folder):
-    """Each of its tables, small: ours and other people's train, turn by turn; figures fit together."""
+    """Two of its tables, small: candidates take turns, and figures fit together."""
     small = "--models vit_tiny --amp none --batch_size 2 --rounds 2 --seconds 1e-9 --device cpu --output_dir"
-    for what, more in (("methods", ["--methods", "mae", "robust_mae"]), ("peers", []), ("loader", [folder / "train"])):
+    for what, more in (("methods", ["--methods", "mae", "robust_mae"]), ("loader", [folder / "train"])):
         done = script("bench.py", *([f"--{what}"] if what != "methods" else []), *more, *small.split(), tmp_path)
         assert done.returncode == 0, done.stderr
         table = (tmp_path / f"{what}_cpu.md").read_text()
@@ -3444,6 +3444,26 @@ def test_bench(tmp_path, folder):
             assert f"| {rate:.{0 if what == 'loader' else 2}f} (" in table
     done = script("bench.py", "--methods", "sdae")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--methods begins with mae" in done.stderr
+
+
+@pytest.mark.parametrize("library", bench.PEERS)
+def test_peers_do_the_same_work(library):
+    """Each has as many weights and, within 3 %, as many multiply-adds as mae.py, and trains."""
+    pytest.importorskip(library)
+    args = mae.get_args("--model vit_micro --batch_size 4 --decoder_depth 2".split())
+    ours, theirs, imgs = mae.build_model(args), bench.PEERS[library](args, "sdpa"), torch.randn(4, 3, 224, 224)
+    count = lambda model: sum(p.numel() for name, p in model.named_parameters() if p.requires_grad or "pos" in name)
+    unused = {"lightly": 128}.get(library, 0)  # its encoder's own mask token
+    assert count(theirs) == count(ours) + unused
+    works = []
+    for run in (lambda: ours(imgs)[0], lambda: theirs(imgs)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss = run()
+            loss.backward()
+        assert 0.1 < loss.item() < 10
+        works.append(counter.get_total_flops())
+    assert 1 <= works[1] / works[0] < 1.03
+    assert sum(p.grad is None for p in theirs.parameters() if p.requires_grad) <= (1 if unused else 0)
 
 
 def test_commands_of_the_readme_and_the_headers(monkeypatch):

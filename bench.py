@@ -64,7 +64,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--peers", action="store_true", help="MAE beside other implementations")
+    what.add_argument("--peers", nargs="*", choices=["transformers", "lightly", "timm"], help="MAE beside theirs")
     what.add_argument("--loader", metavar="DIR", help="images/s of one core, from files to uint8 crops")
     what.add_argument("--end_to_end", metavar="DIR", help="training from a folder's images")
     what.add_argument("--scaling", action="store_true", help="processes, image sizes, mask ratios, model sizes")
@@ -75,7 +75,7 @@ def get_args(argv=None):
     parser.add_argument("--batch_size", type=number(int, "[1, inf)"), help="images a step (default: by model)")
     parser.add_argument("--rounds", type=number(int, "[1, inf)"), default=5)
     parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=3.0, help="about how long a turn is")
-    parser.add_argument("--compile", action="store_true", help="torch.compile ours (--peers: has both)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours (--peers on a GPU: both)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args(argv)
@@ -83,6 +83,10 @@ def get_args(argv=None):
     gpu = args.device == "cuda"
     args.models = args.models or (["vit_base", "vit_large", "vit_huge"] if gpu else ["vit_tiny", "vit_base"])
     args.amp = args.amp or (["bf16"] if gpu else ["bf16", "none"])
+    args.peers = list(PEERS) if args.peers == [] else args.peers
+    for name in args.peers or []:
+        if not importlib.util.find_spec(name):
+            raise InputError(f"{name} is not installed: pip install it, or name other libraries after --peers")
     if args.methods[0] != "mae":
         raise InputError("--methods begins with mae, which the others are measured by")
     for folder in filter(None, (args.loader, args.end_to_end)):
@@ -472,29 +476,23 @@ def peers(args):
         for amp in args.amp:
             words, plain = words_of(model, args, amp), "eager" if args.device == "cpu" and amp == "bf16" else "sdpa"
             facts = dict(macs=counted("mae", words), images=batch_of(words))
-            for tuned in (False, True):
-                candidates = [Candidate("`mae.py`", ours, "mae", words, **facts),
-                              Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts)]
-                for name in PEERS:
-                    if not importlib.util.find_spec(name):
-                        print(f"{name} is not installed and left out", file=sys.stderr)
-                        continue
-                    if not tuned:
-                        candidates.append(Candidate(f"{name}, as shipped", peer, name, words, False, False, **facts))
-                        continue
-                    for compiled in (False, True):
-                        label = f"{name}, tuned: fused AdamW, {plain} attention{', compiled' * compiled}"
-                        candidates.append(Candidate(label, peer, name, words, True, compiled, plain, **facts))
+            for name in args.peers:
+                candidates = [Candidate("`mae.py`", ours, "mae", words, **facts)]
+                if args.compile or args.device == "cuda":
+                    candidates.append(Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts))
+                for label, *how in (("as shipped", False, False),
+                                    (f"fused AdamW, {plain} attention", True, False, plain),
+                                    (f"fused AdamW, {plain} attention, compiled", True, True, plain)):
+                    candidates.append(Candidate(f"{name}, {label}", peer, name, words, *how, **facts))
                 limit = product(args, amp)
                 measure([*candidates, limit], args)
                 rows = []
                 for candidate in candidates:
                     images, share = rates(candidate, limit)
                     rows.append([candidate.label, spread(images), spread(over(candidate, candidates[0])),
-                                 spread(over(candidate, candidates[1])), f"{statistics.median(share):.0f} %",
-                                 f"{candidate.memory / 1e9:.1f}"])
+                                 f"{statistics.median(share):.0f} %", f"{candidate.memory / 1e9:.1f}"])
                 yield (f"{model}, {amp}, {batch_of(words)} images a step; {limit_of(limit)} (`{' '.join(words)}`)",
-                       ["implementation", "images/s", "step time over `mae.py`", "over `mae.py --compile`",
+                       ["implementation", "images/s", "step time over `mae.py`",
                         "of the matrix-product rate, by ours' multiply-adds", "peak memory, GB"],
                        rows, [*candidates, limit])
 

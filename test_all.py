@@ -3346,8 +3346,9 @@ def test_demo_as_a_command(tmp_path):
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
         assert result["images"] == 2000 and (tmp_path / "mae" / mode / "result.json").exists()
+        print(mode, result["top1"])
         if mode == "linear":
-            assert result["top1"] > 34  # DEMO_RESULT; random weights get 26
+            assert result["top1"] > 34  # random weights get 26
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -3370,8 +3371,7 @@ def test_demo_of_the_four(name, tmp_path, monkeypatch, capsys):
     first.load_state_dict(trained)
     losses.append(first(imgs)[0].item())
     print(losses)
-    assert losses[1] < 0.8 * losses[0]
-
+    assert losses[1] < 0.5 * losses[0]
 
 
 def test_two_processes(folder, tmp_path):
@@ -3442,8 +3442,13 @@ def test_bench(tmp_path, folder):
             assert all(len(c["seconds"]) == 2 and min(c["seconds"]) > 0 for c in found["candidates"])
             rate = np.median([first["images"] / seconds for seconds in first["seconds"]])
             assert f"| {rate:.{0 if what == 'loader' else 2}f} (" in table
-    done = script("bench.py", "--methods", "sdae")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--methods begins with mae" in done.stderr
+    for words, said in (
+        (["--methods", "sdae"], "--methods begins with mae"),
+        (["--loader", "nowhere"], "no folder 'nowhere'"),
+        (["--peers", "nobody"], "invalid choice: 'nobody'"),
+    ):
+        with pytest.raises((InputError, SystemExit), match=f"2|{said}"):
+            bench.get_args(words)
 
 
 @pytest.mark.parametrize("library", bench.PEERS)

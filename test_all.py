@@ -3348,7 +3348,7 @@ def test_demo_as_a_command(tmp_path):
         assert result["images"] == 2000 and (tmp_path / "mae" / mode / "result.json").exists()
         print(mode, result["top1"])
         if mode == "linear":
-            assert result["top1"] > 34  # random weights get 26
+            assert result["top1"] > 34  # 40 here; random weights get 26
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -403,8 +403,8 @@ def load_checkpoint(path, args, model, optimizer, scaler):
     """Restores the state saved at `path`, and returns the checkpoint; where there is none, that of a run at step 0.
     Raises InputError where the checkpoint is another recipe's, or is not seen by every process."""
     found = not args.no_resume and path.exists()
-    if len(set(gather(found))) > 1:
-        raise InputError(f"{path} is there for some processes only: --output_dir must be on a disk that all share")
+    if len(set(gather((found, args.images)))) > 1:
+        raise InputError(f"{path} or --data is not the same for all processes: they must be on a disk that all share")
     if not found:
         return {"step": 0, "totals": [[0.0]], "seconds": 0.0, "skipped": {}}
     checkpoint = load(path, "model", "optimizer", "scaler", "step", "totals", "seconds", "skipped", "args")
@@ -413,7 +413,7 @@ def load_checkpoint(path, args, model, optimizer, scaler):
     there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
     changed = {name: f"{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
                for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)}
-    if changed.keys() - {"amp", "clip_grad", "images"}:                 # these may mend a run
+    if changed.keys() - {"amp", "clip_grad", "images"}:                 # to mend a run, or said
         raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): to go on make it as there, else "
                          f"give another --output_dir for a new run, or --no_resume to start over")
     if changed and os.environ.get("RANK", "0") == "0":

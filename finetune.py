@@ -389,7 +389,7 @@ def evaluate(model, loader, normalize, dtype, caught=()):
     if dist.is_initialized():
         dist.all_reduce(counts)
     if counts[3]:
-        tqdm.write("stopped while evaluating; training was saved, and the same command goes on from there")
+        tqdm.write("stopped while evaluating; training was saved; the same command, without --no_resume, goes on")
         sys.exit(caught[0] if caught else 128 + signal.SIGTERM)
     return to_percent(counts[:3])
 
@@ -507,7 +507,7 @@ def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
     plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
                 rank=rank, world_size=world_size, seed=args.seed)
     args.images, args.steps_per_epoch = inventory(train_set), GlobalBatches(**plan).steps_per_epoch
-    args.classes = hashlib.sha256("\n".join(train_set.classes).encode()).hexdigest()[:12]
+    args.classes = hashlib.sha256(repr(train_set.classes).encode()).hexdigest()[:12]
     steps_per_epoch = args.steps_per_epoch
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:

@@ -2608,9 +2608,13 @@ def test_workers_leave_signals_alone(folder):
     loader = common.make_loader(crops, batches, 1, torch.device("cpu"))
     next(loader)
     multiprocessing.active_children()[-1].kill()  # as the kernel does where memory is short
+    time.sleep(1)  # in the midst of a step nothing is raised
     with pytest.raises(OSError, match="a loader process died; if memory was short, lower --num_workers") as caught:
         list(loader)
     assert "\n" not in str(caught.value)
+    crops.transform = operator.truediv  # an error in a worker that lives is another thing
+    with pytest.raises(TypeError):
+        next(common.make_loader(crops, batches, 1, torch.device("cpu")))
 
 
 def test_memory_does_not_grow(folder, tmp_path, monkeypatch):
@@ -2828,7 +2832,7 @@ def test_what_a_run_trains_on(folder, tmp_path):
 
 
 def test_finetuning_goes_on_with_the_same_classes(folder, tmp_path):
-    """A class that is renamed may change every label's number."""
+    """A class that is renamed may change every label's number. (Some data sets' classes are tuples of names.)"""
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     args = finetune.get_args(tune_args(data, tmp_path / "out"))

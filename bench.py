@@ -9,9 +9,10 @@
 Everything compared is measured in one run, turn by turn: each candidate lives in a process of its own, trains for some
 steps when it is its turn, and waits for the rest. Figures are medians over the rounds, ratios the median of each
 round's ratio, with the least and the largest in brackets. Ours run the script's own `main`, with nothing replaced but
-the loader (random uint8 images from memory) and, in Robust MAE, the statistics gathered before the first step; so
-a step includes the log, the check for finite values and the gradient's norm. A table (.md) and the raw times (.json)
-are written into --output_dir.
+the loader (random uint8 images from memory) and, in Robust MAE, the statistics gathered before the first step: a step
+includes the gradient's norm and, every 20th, the check for finite values, but no end of an epoch. Waiting candidates
+keep their weights in memory. A table (.md), the raw times (.json) and what candidates print (errors.log) are written
+into --output_dir.
 """
 import argparse
 import contextlib
@@ -21,14 +22,13 @@ import json
 import math
 import os
 import platform
-import resource
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,6 @@ import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -99,74 +98,84 @@ def get_args(argv=None):
 # Candidates: each in a process of its own, which trains when it is told to
 # ---------------------------------------------------------------------------------------------------------------------
 class Candidate:
-    """A process that runs `function(turns, *arguments)`; `turn(steps)` lets it go on, and returns seconds a step."""
+    """A process that runs `function(turns, *arguments)`: it trains for some steps when it is told to, and waits for the
+    next turn. `times` collects seconds a step, `facts` is what else is known of it, `memory` the most it has held."""
+    alive, errors = [], os.devnull
 
     def __init__(self, label, function, *arguments, environment=None, **facts):
         context = multiprocessing.get_context("spawn")
-        self.label, self.facts, self.times = label, facts, []
+        self.label, self.facts, self.times, self.memory = label, facts, [], None
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=in_its_process, args=(theirs, environment or {}, function, arguments))
+        self.process = context.Process(target=in_its_process, daemon=True,
+                                       args=(theirs, Candidate.errors, environment or {}, function, arguments))
         self.process.start()
         theirs.close()
+        Candidate.alive.append(self)
 
-    def tell(self, steps):
+    def tell(self, idle, steps):
+        """Lets it train for `steps`, after `idle` ones that are not timed."""
         with contextlib.suppress(OSError):      # its last words are in the pipe
-            self.pipe.send(steps)
+            self.pipe.send((idle, steps))
 
     def hear(self):
         """Seconds a step of the turn begun by `tell`. Raises InputError where the process has failed."""
         try:
             answer = self.pipe.recv()
-        except EOFError:
-            answer = "its process died"
+        except (EOFError, OSError):
+            answer = "its process died; was memory short?"
         if isinstance(answer, str):
-            raise InputError(f"{self.label}: {answer}")
+            raise InputError(f"{self.label}: {answer} (see {Candidate.errors})")
         seconds, self.memory = answer
         return seconds
 
-    def turn(self, steps):
-        self.tell(steps)
-        return self.hear()
+    @classmethod
+    def stop_all(cls):
+        """Ends all processes."""
+        for candidate in cls.alive:
+            candidate.pipe.close()
+        for candidate in cls.alive:
+            candidate.process.join(20)
+            candidate.process.kill()
+        cls.alive.clear()
 
-    def stop(self):
-        self.pipe.close()
-        self.process.join(30)
-        self.process.kill()
 
-
-def in_its_process(pipe, environment, function, arguments):
-    """What a candidate's process runs; all it prints is kept from the terminal."""
+def in_its_process(pipe, errors, environment, function, arguments):
+    """What a candidate's process runs; all it prints goes to the file `errors`."""
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    warnings.simplefilter("ignore")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            function(lambda batches, device: turns(pipe, batches, device), *arguments)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    with open(errors, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        function(lambda batches, device: turns(pipe, batches, device), *arguments)
+    except EOFError:            # the bench has closed its end: no more turns
+        pass
+    except BaseException as error:
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        raise
 
 
 def turns(pipe, batches, device):
     """Hands on `batches`, as many as each turn has steps, and answers with seconds a step and peak memory in bytes."""
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
+    cuda = device.type == "cuda"
     while True:
-        try:
-            steps = pipe.recv()
-        except EOFError:                    # the bench is done
-            return
-        wait()
-        start = time.perf_counter()
-        for _ in range(steps):
+        idle, steps = pipe.recv()
+        for step in range(idle + steps):
+            if step == idle:
+                torch.cuda.synchronize() if cuda else None
+                start = time.perf_counter()
             yield next(batches)
-        wait()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
-        pipe.send(((time.perf_counter() - start) / steps, memory))
+        torch.cuda.synchronize() if cuda else None
+        seconds = (time.perf_counter() - start) / steps
+        pipe.send((seconds, torch.cuda.max_memory_allocated() if cuda else peak_memory()))
+        torch.cuda.empty_cache() if cuda else None      # the next one's turn
+
+
+def peak_memory():
+    """The most bytes this process has held, its interpreter and libraries included; None where that is not known."""
+    with contextlib.suppress(OSError, StopIteration):   # Linux; getrusage would count the parent's, too
+        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
 
 
 def from_memory(batch_size, img_size, device):
@@ -180,7 +189,7 @@ def from_memory(batch_size, img_size, device):
 def ours(turns, name, words, folder=None):
     """A script's own main. `folder`: from its images, through the script's own loader."""
     module = importlib.import_module(name)
-    args = module.get_args(words)
+    args = module.get_args([*words, "--save_minutes", "inf"])
     real_loader = module.make_loader
 
     def make_loader(crops, batches, num_workers, device, skipped):
@@ -208,10 +217,11 @@ def matrix_product(turns, size, dtype, device):
 
 
 def peer(turns, library, words, tuned, compiled, attention="sdpa"):
-    """Another implementation of MAE in the loop that its examples show; `tuned`: fused AdamW. Precision as ours."""
+    """Another implementation of MAE in a plain loop: precision as ours, AdamW as torch has it or (`tuned`) fused."""
     args = mae.get_args(words)
     args.rank, device = 0, torch.device(args.device)
     dtype = amp_dtype(args.amp, device)
+    torch.set_float32_matmul_precision("high")          # as ours do on GPUs
     with contextlib.suppress(ImportError):
         importlib.import_module("timm.layers").set_fused_attn(attention == "sdpa")      # for lightly's blocks too
     model = PEERS[library](args, attention).to(device)
@@ -221,8 +231,6 @@ def peer(turns, library, words, tuned, compiled, attention="sdpa"):
                                   weight_decay=0.05, **({"fused": True} if tuned else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     normalize = Normalize().to(device)
-    if device.type == "cuda" and tuned:
-        torch.set_float32_matmul_precision("high")
     for imgs, _ in turns(from_memory(args.batch_size, common.pair(args.img_size), device), device):
         imgs = normalize(imgs.to(device, non_blocking=True))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -280,7 +288,8 @@ def lightly_mae(args, attention):
 
 
 def timm_mae(args, attention):
-    """What a user writes with timm's blocks: all patches embedded, gathered, unshuffled, all of them predicted."""
+    """What the public MAE code does, on timm's blocks (timm has no MAE): all patches embedded, then gathered, the
+    decoder's tokens put in order, all patches predicted."""
     from timm.models.vision_transformer import Block
 
     class Model(nn.Module):
@@ -315,6 +324,7 @@ def timm_mae(args, attention):
 
 
 def timm_vit(args):
+    """timm's ViT of the script's size."""
     from timm.models.vision_transformer import VisionTransformer
     return VisionTransformer(img_size=args.img_size[0], patch_size=args.patch_size, num_classes=0,
                              **{key: VIT_SIZES[args.model][key] for key in ("embed_dim", "depth", "num_heads")})
@@ -327,20 +337,21 @@ PEERS = {"transformers": transformers_mae, "lightly": lightly_mae, "timm": timm_
 # Multiply-adds of an image in training: forward and backward
 # ---------------------------------------------------------------------------------------------------------------------
 def counted(name, words, images=16):
-    """What the script's model does, by torch's FlopCounter, over `images` (Efficient MAE's differ)."""
+    """What the script's model does of them, by torch's FlopCounter, on a CPU; Efficient MAE's mean over `images`."""
     module = importlib.import_module(name)
     args = module.get_args([*words, "--batch_size", "2"])
     images = images if name == "efficient_mae" else 2
     model = module.build_model(args).train()
     imgs = torch.randn(images, 3, *common.pair(args.img_size))
+    noise = torch.rand(1000, model.num_patches, generator=torch.Generator().manual_seed(0))[:images]    # as in `tight`
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(imgs)[0].backward()
+        model(imgs, noise)[0].backward()
     return counter.get_total_flops() / 2 / images
 
 
-def tight(name, words):
-    """What the method cannot do without: three times the forward products (one forward, two backward), less what
-    gradients of pixels would cost; only visible patches embedded, only removed ones predicted."""
+def tight(name, words, images=16):
+    """The method's own, from its sizes: three times the forward products (one forward, two backward), less what
+    gradients of pixels would cost; visible patches alone embedded, removed ones alone predicted."""
     module = importlib.import_module(name)
     args = module.get_args(words)
     size = VIT_SIZES[args.model]
@@ -353,8 +364,8 @@ def tight(name, words):
     embed = keep * 3 * P * P * D
     removed = np.array([N - keep])
     if name == "efficient_mae":
-        with torch.device("cpu"):
-            removed = module.build_model(args).decoder_masking(torch.rand(1000, N))[3].sum(dim=1).numpy()
+        noise = torch.rand(1000, N, generator=torch.Generator().manual_seed(0))[:images]
+        removed = module.build_model(args).decoder_masking(noise)[3].sum(dim=1).numpy()
     forward = (embed + depth * block(1 + keep, D) + (1 + keep) * D * d
                + np.mean(args.decoder_depth * block(1 + keep + removed, d) + removed * d * values))
     total = 3 * forward - embed
@@ -369,48 +380,44 @@ def tight(name, words):
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def ended_at_last(candidates):
-    """Ends all candidates' processes, however the block ends."""
-    try:
-        yield candidates
-    finally:
-        for candidate in candidates:
-            candidate.stop()
+def measure(candidates, args, idle=0):
+    """Fills each candidate's `times`, seconds a step in each round; candidates may be groups that run at once. `idle`
+    is the number of steps that begin a turn untimed; a turn has at least as many again."""
+    gpu = args.device == "cuda"
+    idle = max(idle, 2 * gpu)                           # memory is had anew, clocks rise
+    steps = []
+    for group in tqdm(candidates, "warming up", leave=False):
+        turn(group, 0, 20 if gpu else 2)                # compiles, fills caches
+        steps.append(max(1, idle, round(args.seconds / turn(group, 0, 5 if gpu else 1))))
+    for round_ in tqdm(range(args.rounds), "rounds", leave=False):
+        order = range(len(candidates))
+        for i in [*order[round_ % len(order):], *order[:round_ % len(order)]]:
+            turn(candidates[i], idle, steps[i], keep=True)
+    Candidate.stop_all()
 
 
-def measure(candidates, args):
-    """Fills each candidate's `times`, seconds a step in each round; candidates may be groups that run at once."""
-    with ended_at_last([c for group in candidates for c in as_group(group)]):
-        steps = []
-        for group in tqdm(candidates, "warming up", leave=False):
-            turn(group, 2)                                                  # compiles, fills caches
-            steps.append(max(1, round(args.seconds / turn(group, 1))))
-        for round_ in tqdm(range(args.rounds), "rounds", leave=False):
-            order = range(len(candidates))
-            for i in [*order[round_ % len(order):], *order[:round_ % len(order)]]:
-                turn(candidates[i], steps[i], keep=True)
-
-
-def as_group(group):
-    return group if isinstance(group, tuple) else (group,)
-
-
-def turn(group, steps, keep=False):
-    """One turn of all of a group at once; the slowest one's seconds a step."""
-    group = as_group(group)
+def turn(group, idle, steps, keep=False):
+    """One turn of a candidate, or of all of a group at once; the slowest one's seconds a step."""
+    group = group if isinstance(group, tuple) else (group,)
     for candidate in group:
-        candidate.tell(steps)
-    seconds = [candidate.hear() for candidate in group]
-    if keep:
-        for candidate in group:
-            candidate.times.append(max(seconds))
-    return max(seconds)
+        candidate.tell(idle, steps)
+    waiting, seconds = {candidate.pipe: candidate for candidate in group}, 0.0
+    while waiting:                                      # whoever fails is heard, though others wait for it
+        for pipe in connection.wait(list(waiting)):
+            seconds = max(seconds, waiting.pop(pipe).hear())
+    for candidate in group if keep else ():
+        candidate.times.append(seconds)
+    return seconds
 
 
 def spread(values, digits=2):
     """Median with the least and the largest."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def gigabytes(candidate):
+    """Its peak memory: allocated on a GPU, else its process's."""
+    return "?" if candidate.memory is None else f"{candidate.memory / 1e9:.1f}"
 
 
 def over(a, b):
@@ -426,6 +433,7 @@ def words_of(model, args, amp, *more):
 
 
 def batch_of(words):
+    """The batch size in a command line of `words_of`."""
     return int(words[words.index("--batch_size") + 1])
 
 
@@ -444,6 +452,7 @@ def rates(candidate, limit):
 
 
 def limit_of(limit):
+    """The matrix-product rate, for a table's title."""
     return f"matrix products: {limit.facts['macs'] / statistics.median(limit.times) / 1e12:.3f} T multiply-adds/s"
 
 
@@ -461,8 +470,8 @@ def methods(args):
                 images, share = rates(candidate, limit)
                 macs = candidate.facts["macs"]
                 rows.append([candidate.label, spread(images), spread(over(candidate, first)), f"{macs / 1e9:.2f}",
-                             f"{macs / first.facts['macs']:.2f}", f"{macs / candidate.facts['tight']:.3f}",
-                             f"{statistics.median(share):.0f} %", f"{candidate.memory / 1e9:.1f}"])
+                             f"{macs / first.facts['macs']:.2f}", f"{macs / candidate.facts['tight']:.2f}",
+                             f"{statistics.median(share):.0f} %", gigabytes(candidate)])
             yield (f"{model}, {amp}{', compiled' * args.compile}, {batch_of(words)} images a step; {limit_of(limit)} "
                    f"(`{' '.join(words)}`)",
                    ["script", "images/s", f"step time over {first.label}", "G multiply-adds an image",
@@ -480,7 +489,7 @@ def peers(args):
                 candidates = [Candidate("`mae.py`", ours, "mae", words, **facts)]
                 if args.compile or args.device == "cuda":
                     candidates.append(Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts))
-                for label, *how in (("as shipped", False, False),
+                for label, *how in (("default AdamW", False, False),
                                     (f"fused AdamW, {plain} attention", True, False, plain),
                                     (f"fused AdamW, {plain} attention, compiled", True, True, plain)):
                     candidates.append(Candidate(f"{name}, {label}", peer, name, words, *how, **facts))
@@ -490,7 +499,7 @@ def peers(args):
                 for candidate in candidates:
                     images, share = rates(candidate, limit)
                     rows.append([candidate.label, spread(images), spread(over(candidate, candidates[0])),
-                                 f"{statistics.median(share):.0f} %", f"{candidate.memory / 1e9:.1f}"])
+                                 f"{statistics.median(share):.0f} %", gigabytes(candidate)])
                 yield (f"{model}, {amp}, {batch_of(words)} images a step; {limit_of(limit)} (`{' '.join(words)}`)",
                        ["implementation", "images/s", "step time over `mae.py`",
                         "of the matrix-product rate, by ours' multiply-adds", "peak memory, GB"],
@@ -555,7 +564,7 @@ def differences(args, img_size):
     source, means = common.load_dataset(args.loader, "pretrain"), []
     for i in range(min(1024, len(source))):
         torch.manual_seed(i)
-        theirs = usual[i][0].float()
+        theirs = usual.transform(source[i][0]).float()
         torch.manual_seed(i)
         means.append((theirs - ours(source[i][0]).float()).abs().mean().item())
     return f"{statistics.mean(means):.3f} of 256 levels on average, by {max(means):.3f} in the image with the most"
@@ -565,28 +574,31 @@ def end_to_end(args):
     """MAE from a folder's images beside the same from memory, and what its log says."""
     for model in args.models:
         for amp in args.amp:
-            words = words_of(model, args, amp, "--data", args.end_to_end, "--epochs", "1000")
+            workers = 1 if args.device == "cpu" else min(16, os.cpu_count())
+            words = words_of(model, args, amp, "--data", args.end_to_end, "--num_workers", str(workers))
             facts = dict(images=batch_of(words))
             candidates = [Candidate("from memory", ours, "mae", words, **facts),
                           Candidate("from the folder", ours, "mae", words, args.end_to_end, **facts)]
-            measure(candidates, args)
-            with tempfile.TemporaryDirectory() as output:
+            measure(candidates, args, idle=2 * workers + 2)                 # what workers had ready is gone by then
+            with tempfile.TemporaryDirectory(dir=args.output_dir) as output:
                 more = ["--epochs", "2", "--warmup_epochs", "1", "--output_dir", output]
-                subprocess.run([sys.executable, Path(__file__).parent / "mae.py", *words, *more], check=True,
-                               capture_output=True)
+                done = subprocess.run([sys.executable, Path(__file__).parent / "mae.py", *words, *more],
+                                      capture_output=True, text=True)
+                if done.returncode:
+                    raise InputError(done.stderr.strip().splitlines()[-1])
                 logged = json.loads((Path(output) / "log.jsonl").read_text().splitlines()[1])["images_per_s"]
             bench = statistics.median(facts["images"] / t for t in candidates[1].times)
             rows = [[c.label, spread([facts["images"] / t for t in c.times]), spread(over(candidates[0], c))]
                     for c in candidates]
             rows.append(["the log of a run without the bench, second epoch", f"{logged:.2f}",
                          f"{logged / bench:.2f} of the bench's median"])
-            yield (f"{model}, {amp}, {facts['images']} images a step (`{' '.join(words)}`)",
+            yield (f"{model}, {amp}, {facts['images']} images a step, {workers} loader process(es)",
                    ["images", "images/s", "times the rate from memory"], rows, candidates)
 
 
 def scaling(args):
     """Two processes beside two alone; then MAE's step against image size, mask ratio and model, and the cost law."""
-    amp, model = args.amp[0], args.models[-1]
+    amp, model = args.amp[0], "vit_base"
     batch_size = args.batch_size or (64 if args.device == "cpu" else 256)
     words = words_of(model, args, amp, "--batch_size", str(batch_size))
     two = [*words[:-1], str(2 * batch_size)]
@@ -598,14 +610,14 @@ def scaling(args):
         shared = {"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {}
         rank = lambda i: {**shared, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
                           "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        alone = lambda i: {**shared, **({"CUDA_VISIBLE_DEVICES": str(i)} if args.device == "cuda" else {})}
+        alone = lambda i: {**shared, "LOCAL_RANK": str(i)}
         groups = [tuple(Candidate(label, ours, "mae", line, environment=environment(i), images=batch_size)
                         for i in range(2))
                   for label, line, environment in (("two processes of one run (DDP)", two, rank),
                                                    ("two runs of one process each, at once", words, alone))]
         measure(groups, args)
         rows = [[group[0].label, spread([2 * batch_size / t for t in group[0].times]),
-                 spread(over(groups[1][0], group[0])), f"{group[0].memory / 1e9:.1f}"] for group in groups]
+                 spread(over(groups[1][0], group[0])), gigabytes(group[0])] for group in groups]
         each = "one core" if args.device == "cpu" else "one GPU"
         yield (f"{model}, {amp}, {batch_size} images a process, {each} each",
                ["", "images/s, both together", "times two runs", "peak memory of a process, GB"], rows,
@@ -621,7 +633,7 @@ def scaling(args):
         measure(candidates, args)
         base = next(c for c in candidates if c.label in ("--img_size 224", "--mask_ratio 0.75", "--model vit_base"))
         rows = [[f"`{c.label}`", spread([c.facts["images"] / t for t in c.times]), spread(over(c, base)),
-                 f"{c.facts['macs'] / base.facts['macs']:.2f}", f"{c.memory / 1e9:.1f}"] for c in candidates]
+                 f"{c.facts['macs'] / base.facts['macs']:.2f}", gigabytes(c)] for c in candidates]
         yield (f"{what}: {model}, {amp}, {base.facts['images']} images a step",
                ["flag", "images/s", f"step time over `{base.label}`", "multiply-adds over it (the cost law)",
                 "peak memory, GB"], rows, candidates)
@@ -630,18 +642,16 @@ def scaling(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
-def machine():
+def machine(args):
     """One line on what ran it."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    if torch.cuda.is_available():
-        name = f"{torch.cuda.get_device_name()}, {name}"
-    versions = [f"{module.__name__} {module.__version__}" for module in (torch, torchvision, np)]
-    for other in PEERS:
-        with contextlib.suppress(ImportError):
-            versions.append(f"{other} {importlib.metadata.version(other)}")
-    return f"{name}, {os.cpu_count()} cores ({torch.get_num_threads()} threads); {', '.join(versions)}"
+    if args.device == "cuda":
+        name = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), {name}"
+    versions = [f"{library} {importlib.metadata.version(library)}" for library in
+                ("torch", "torchvision", "numpy", "pillow", *(args.peers or []))]
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {', '.join(versions)}"
 
 
 def main(args):
@@ -649,17 +659,22 @@ def main(args):
     what = next((name for name in ("peers", "loader", "end_to_end", "scaling") if getattr(args, name)), "methods")
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    text, raw = [f"`{command}`, {machine()}. Medians of {args.rounds} rounds, least and largest in brackets."], []
-    for title, head, rows, candidates in globals()[what](args):
-        lines = [head, ["---"] * len(head), *rows]
-        text.append("\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]))
-        print("\n" + text[-1], flush=True)
-        raw.append({"title": title, "candidates": [{"label": c.label, **c.facts, "seconds": c.times,
-                                                    "memory": getattr(c, "memory", None)} for c in candidates]})
-        (output / f"{what}_{args.device}.md").write_text("\n\n".join(text) + "\n")
-        (output / f"{what}_{args.device}.json").write_text(json.dumps(
-            {"command": command, "machine": machine(), "rounds": args.rounds, "tables": raw}, indent=1) + "\n")
+    Candidate.errors = str(output / "errors.log")
+    os.environ["TMPDIR"] = str(output.resolve())        # where candidates write
+    command = " ".join(["python", "bench.py", *("DIR" if os.path.isdir(word) else word for word in sys.argv[1:])])
+    text, raw = [f"`{command}`: {machine(args)}. Medians of {args.rounds} rounds, least and largest in brackets."], []
+    try:
+        for title, head, rows, candidates in globals()[what](args):
+            lines = [head, ["---"] * len(head), *rows]
+            text.append("\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]))
+            print("\n" + text[-1], flush=True)
+            raw.append({"title": title, "candidates": [{"label": c.label, **c.facts, "seconds": c.times,
+                                                        "memory": c.memory} for c in candidates]})
+            (output / f"{what}_{args.device}.md").write_text("\n\n".join(text) + "\n")
+            (output / f"{what}_{args.device}.json").write_text(json.dumps(
+                {"command": command, "machine": machine(args), "rounds": args.rounds, "tables": raw}, indent=1) + "\n")
+    finally:
+        Candidate.stop_all()
 
 
 if __name__ == "__main__":

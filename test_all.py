@@ -1041,7 +1041,7 @@ def test_training_computes_nothing_that_is_not_used(name):
     against the forward pass as tested above: three times, less the products that gradients of pixels would take."""
     words = ["--model", "vit_base", "--amp", "none", "--device", "cpu"]
     tight = bench.tight(name, words)
-    assert 0.99 < bench.counted(name, words) / tight < (1.03 if name == "efficient_mae" else 1.01)
+    assert 0.999 < bench.counted(name, words) / tight < (1.03 if name == "efficient_mae" else 1.001)
     forward = multiply_adds(VIT_SIZES["vit_base"], embedded=49, predicted=147)
     if name in ("mae", "robust_mae", "emae"):
         assert tight == pytest.approx((4 if name == "emae" else 1) * (3 * forward - 49 * 768 * 768), rel=1e-6)

@@ -580,7 +580,7 @@ def end_to_end(args):
             candidates = [Candidate("from memory", ours, "mae", words, **facts),
                           Candidate("from the folder", ours, "mae", words, args.end_to_end, **facts)]
             measure(candidates, args, idle=2 * workers + 2)                 # what workers had ready is gone by then
-            with tempfile.TemporaryDirectory(dir=args.output_dir) as output:
+            with tempfile.TemporaryDirectory() as output:
                 more = ["--epochs", "2", "--warmup_epochs", "1", "--output_dir", output]
                 done = subprocess.run([sys.executable, Path(__file__).parent / "mae.py", *words, *more],
                                       capture_output=True, text=True)
@@ -660,21 +660,22 @@ def main(args):
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     Candidate.errors = str(output / "errors.log")
-    os.environ["TMPDIR"] = str(output.resolve())        # where candidates write
     command = " ".join(["python", "bench.py", *("DIR" if os.path.isdir(word) else word for word in sys.argv[1:])])
     text, raw = [f"`{command}`: {machine(args)}. Medians of {args.rounds} rounds, least and largest in brackets."], []
-    try:
-        for title, head, rows, candidates in globals()[what](args):
-            lines = [head, ["---"] * len(head), *rows]
-            text.append("\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]))
-            print("\n" + text[-1], flush=True)
-            raw.append({"title": title, "candidates": [{"label": c.label, **c.facts, "seconds": c.times,
-                                                        "memory": c.memory} for c in candidates]})
-            (output / f"{what}_{args.device}.md").write_text("\n\n".join(text) + "\n")
-            (output / f"{what}_{args.device}.json").write_text(json.dumps(
-                {"command": command, "machine": machine(args), "rounds": args.rounds, "tables": raw}, indent=1) + "\n")
-    finally:
-        Candidate.stop_all()
+    with tempfile.TemporaryDirectory(dir=output, ignore_cleanup_errors=True) as scratch:
+        os.environ["TMPDIR"] = os.path.abspath(scratch)     # where candidates and compilers write
+        try:
+            for title, head, rows, candidates in globals()[what](args):
+                lines = [head, ["---"] * len(head), *rows]
+                text.append("\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]))
+                print("\n" + text[-1], flush=True)
+                raw.append({"title": title, "candidates": [
+                    {"label": c.label, **c.facts, "seconds": c.times, "memory": c.memory} for c in candidates]})
+                (output / f"{what}_{args.device}.md").write_text("\n\n".join(text) + "\n")
+                found = {"command": command, "machine": machine(args), "rounds": args.rounds, "tables": raw}
+                (output / f"{what}_{args.device}.json").write_text(json.dumps(found, indent=1) + "\n")
+        finally:
+            Candidate.stop_all()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ import mae
 from common import VIT_SIZES, InputError, Normalize, amp_dtype, number
 
 METHODS = ["mae", "emae", "efficient_mae", "robust_mae", "sdae"]
-SETTINGS = {  # flags of the scripts; images a step on a CPU, on a GPU
+SETTINGS = {  # flags of the scripts; images a step on a CPU (in float32 half of them, for its memory), on a GPU
     "vit_tiny": ("--img_size 32 --patch_size 4 --decoder_embed_dim 192 --decoder_depth 4 --decoder_num_heads 3",
                  128, 4096),
     "vit_base": ("", 16, 256),
@@ -428,7 +428,7 @@ def over(a, b):
 def words_of(model, args, amp, *more):
     """A script's command line for a model of SETTINGS."""
     flags, on_cpu, on_gpu = SETTINGS[model]
-    batch_size = args.batch_size or (on_cpu if args.device == "cpu" else on_gpu)
+    batch_size = args.batch_size or (on_gpu if args.device == "cuda" else on_cpu // (2 if amp == "none" else 1))
     return [*f"--model {model} {flags} --batch_size {batch_size} --amp {amp} --device {args.device}".split(), *more]
 
 

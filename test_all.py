@@ -1040,8 +1040,8 @@ def test_training_computes_nothing_that_is_not_used(name):
     """Forward and backward of ViT-B against what the method can't do without, by bench.py's two counts; of MAE and EMAE
     against the forward pass as tested above: three times, less the products that gradients of pixels would take."""
     words = ["--model", "vit_base", "--amp", "none", "--device", "cpu"]
-    tight = bench.tight(name, words)
-    assert 0.999 < bench.counted(name, words) / tight < (1.03 if name == "efficient_mae" else 1.001)
+    tight = bench.tight(name, words, images=8)
+    assert 0.999 < bench.counted(name, words, images=8) / tight < (1.03 if name == "efficient_mae" else 1.001)
     forward = multiply_adds(VIT_SIZES["vit_base"], embedded=49, predicted=147)
     if name in ("mae", "robust_mae", "emae"):
         assert tight == pytest.approx((4 if name == "emae" else 1) * (3 * forward - 49 * 768 * 768), rel=1e-6)
@@ -1223,11 +1223,10 @@ def test_shapes_pixels_do_not_give_the_class_away():
     train, val = common.Shapes("pretrain"), common.Shapes("val")
     x, y = (torch.from_numpy(s.images.reshape(len(s), -1)).float() / 255 for s in (train, val))
     x, y = (F.pad(z - x.mean(0), (1, 0), value=1.0) for z in (x, y))
+    gram, moment = x.T @ x, x.T @ F.one_hot(torch.from_numpy(train.labels)).float()
     best = 0
     for ridge in (1.0, 10.0, 100.0, 1000.0):
-        w = torch.linalg.solve(
-            x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ F.one_hot(torch.from_numpy(train.labels)).float()
-        )
+        w = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), moment)
         best = max(best, ((y @ w).argmax(1).numpy() == val.labels).mean())
     assert best < 0.40
 
@@ -1845,6 +1844,7 @@ def test_a_method_refuses_anothers_checkpoint(name, run_of, folder, tmp_path):
 
 def test_a_checkpoint_with_arguments_unknown_here_is_refused(tmp_path):
     args = mae.get_args(small_args("x", tmp_path))
+    args.images = "48"
     keys = ("model", "optimizer", "scaler", "step", "totals", "seconds", "skipped")
     torch.save({**dict.fromkeys(keys), "model": {}, "args": {**vars(args), "drop_edge": 0.3}}, tmp_path / "last.pt")
     with pytest.raises(InputError, match="drop_edge 0.3 there, unknown here"):
@@ -3340,28 +3340,25 @@ def test_a_process_that_dies_takes_the_run_down(folder, tmp_path):
 # As users run it
 # ---------------------------------------------------------------------------------------------------------------------
 def test_demo_as_a_command(tmp_path):
-    """A quarter of `mae.py --demo`, then a probe and k-NN on what it leaves; the features have got better."""
+    """A quarter of `mae.py --demo`, then a probe on what it leaves; the features have got better."""
     done = script("mae.py", "--demo", "--epochs", "5", "--warmup_epochs", "1", "--output_dir", tmp_path / "mae")
     assert done.returncode == 0, done.stderr
     assert "64 images per step per process × 1 process(es) × 1 accumulated = effective batch 64" in done.stdout
     assert "learning rate 0.008 · 64 / 256 = 0.002" in done.stdout
-    for mode, *more in (("linear", "--epochs", "4"), ("knn",)):
-        done = script("finetune.py", "--demo", "--ckpt", tmp_path / "mae/last.pt", "--mode", mode, *more)
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-        assert result["images"] == 2000 and (tmp_path / "mae" / mode / "result.json").exists()
-        print(mode, result["top1"])
-        if mode == "linear":
-            assert result["top1"] > 34  # 40 here; random weights get 26
+    done = script("finetune.py", *f"--demo --ckpt {tmp_path}/mae/last.pt --mode linear --epochs 4".split())
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["images"] == 2000 and json.loads((tmp_path / "mae/linear/result.json").read_text())["images"] == 2000
+    assert result["top1"] > 34  # 40 here; random weights get 26
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_demo_of_the_four(name, tmp_path, monkeypatch, capsys):
-    """Half an epoch of each script's --demo: it runs, says what it does, and its loss falls."""
+    """A third of an epoch of each script's --demo: it runs, says what it does, and its loss falls."""
     method = SCRIPTS[name]
     shapes = common.Shapes("pretrain")
-    half = torch.utils.data.Subset(shapes, range(3000))
-    monkeypatch.setattr(method, "load_dataset", lambda *_: half)
+    third = torch.utils.data.Subset(shapes, range(2000))
+    monkeypatch.setattr(method, "load_dataset", lambda *_: third)
     method.main(method.get_args(f"--demo --epochs 1 --warmup_epochs 0.1 --output_dir {tmp_path}".split()))
     said = capsys.readouterr().out
     assert "effective batch 64" in said and "Next: python finetune.py" in said
@@ -3375,7 +3372,7 @@ def test_demo_of_the_four(name, tmp_path, monkeypatch, capsys):
     first.load_state_dict(trained)
     losses.append(first(imgs)[0].item())
     print(losses)
-    assert losses[1] < 0.5 * losses[0]
+    assert losses[1] < 0.6 * losses[0]
 
 
 def test_two_processes(folder, tmp_path):
@@ -3436,7 +3433,7 @@ def test_two_processes_of_the_four(name, folder, tmp_path):
 def test_bench(tmp_path, folder):
     """Two of its tables, small: candidates take turns, and figures fit together."""
     small = "--models vit_tiny --amp none --batch_size 2 --rounds 2 --seconds 1e-9 --device cpu --output_dir"
-    for what, more in (("methods", ["--methods", "mae", "robust_mae"]), ("loader", [folder / "train"])):
+    for what, more in (("methods", ["--methods", "mae"]), ("loader", [folder / "train"])):
         done = script("bench.py", *([f"--{what}"] if what != "methods" else []), *more, *small.split(), tmp_path)
         assert done.returncode == 0, done.stderr
         table = (tmp_path / f"{what}_cpu.md").read_text()
@@ -3477,14 +3474,24 @@ def test_peers_do_the_same_work(library):
 
 def test_commands_of_the_readme_and_the_headers(monkeypatch):
     """Every command has arguments that its script knows, and a batch that its processes can share."""
-    scripts = {**SCRIPTS, "finetune": finetune}
-    texts = [(ROOT / "README.md").read_text(), *(module.__doc__ for module in SCRIPTS.values())]
+    scripts = {**SCRIPTS, "finetune": finetune, "bench": bench}
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)  # lightly may not be here,
+    monkeypatch.setattr(bench.os.path, "isdir", lambda path: True)  # nor the user's photographs
+    texts = [(ROOT / "README.md").read_text(), *(module.__doc__ for module in (*SCRIPTS.values(), bench))]
     commands = re.findall(r"^(?:.*&& | *)(python|torchrun .*?) ?(\w+)\.py (.*?)(?:#.*)?$", "\n".join(texts), re.M)
     assert len(commands) > 25 and {name for _, name, _ in commands} == scripts.keys()
     for launcher, name, arguments in commands:
         processes = math.prod(int(number) for number in re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launcher))
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         scripts[name].get_args(arguments.split())
+
+
+def test_speeds_of_the_readme():
+    """Every row of its tables of speed is one that bench.py has written."""
+    section = (ROOT / "README.md").read_text().split("## Speed and memory")[1].split("\n## ")[0]
+    measured = "".join(path.read_text() for path in (ROOT / "results/bench").glob("*.md"))
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 10 and all(row in measured for row in rows)
 
 
 def test_the_readmes_way_into_timm(tmp_path, monkeypatch):

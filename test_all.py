@@ -1,4 +1,4 @@
-"""Every test: python -m pytest -q test_all.py
+"""Every test: python -m pytest -q -n 2 test_all.py (two at a time, one thread each; -n is pytest-xdist's)
 
 Oracles are outside this repository wherever there is one: transformers' ViTMAE and timm's ViT on the same weights, the
 papers' own figures, loops written straight from an equation, values worked out by hand. Nothing is downloaded, and no
@@ -29,6 +29,8 @@ import tokenize
 import warnings
 import zlib
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts that tests start, too
 
 import numpy as np
 import pytest

@@ -106,7 +106,7 @@ class Candidate:
         context = multiprocessing.get_context("spawn")
         self.label, self.facts, self.times, self.memory = label, facts, [], None
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=in_its_process, daemon=True,
+        self.process = context.Process(target=in_its_process,       # no daemon: those may not have loader workers
                                        args=(theirs, Candidate.errors, environment or {}, function, arguments))
         self.process.start()
         theirs.close()
@@ -219,7 +219,7 @@ def matrix_product(turns, size, dtype, device):
 def peer(turns, library, words, tuned, compiled, attention="sdpa"):
     """Another implementation of MAE in a plain loop: precision as ours, AdamW as torch has it or (`tuned`) fused."""
     args = mae.get_args(words)
-    args.rank, device = 0, torch.device(args.device)
+    device = torch.device(args.device)
     dtype = amp_dtype(args.amp, device)
     torch.set_float32_matmul_precision("high")          # as ours do on GPUs
     with contextlib.suppress(ImportError):

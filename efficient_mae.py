@@ -413,7 +413,7 @@ def load_checkpoint(path, args, model, optimizer, scaler):
     there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
     changed = {name: f"{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
                for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)}
-    if changed.keys() - {"amp", "clip_grad", "images"}:                 # to mend a run, or said
+    if changed.keys() - {"amp", "clip_grad", "images"}:                 # may differ, and it is said
         raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): to go on make it as there, else "
                          f"give another --output_dir for a new run, or --no_resume to start over")
     if changed and os.environ.get("RANK", "0") == "0":

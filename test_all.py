@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import fcntl
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import tokenize
 import warnings
@@ -2421,6 +2423,29 @@ def test_signals_save_in_the_middle_of_an_epoch(name, number, folder, tmp_path, 
     assert len(state_of(tmp_path / "whole")[2]) == 2
 
 
+def test_a_terminal_that_closes(tmp_path):
+    """SIGHUP, and nothing more can be written to it: in the midst of its first epoch, of 1500 steps, the run saves."""
+    terminal, theirs = os.openpty()
+    command = [sys.executable, "mae.py", *small_args("shapes", tmp_path, "--batch_size", "4")]
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = b""
+    while b"effective batch" not in said:
+        said += os.read(terminal, 1000)
+    time.sleep(1)
+    os.close(terminal)
+    assert run.wait(30) in (1, 129)  # 1 where the last line could not be printed
+    assert 0 < common.load(tmp_path / "last.pt", "step")["step"] < 1500 and not (tmp_path / "log.jsonl").exists()
+
+
 def test_save_requests_between_processes(monkeypatch):
     """What one process wishes all do, one step later; the time to save is the first process's; a second signal ends a
     process, but not under torchrun."""
@@ -2553,11 +2578,14 @@ def test_killed_and_started_again(name, workers, folder, tmp_path):
 
 def processes_of(text):
     """Other processes that have `text` in their command lines."""
-    found = subprocess.run(["pgrep", "-f", text], capture_output=True, text=True).stdout.split()
-    return [pid for pid in found if int(pid) != os.getpid()]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if text in path.read_text(errors="replace") and path.parent.name != str(os.getpid()):
+                found.append(int(path.parent.name))
+    return found
 
 
-@pytest.mark.skipif(not shutil.which("pgrep"), reason="looks for processes with pgrep")
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "bad file", "success"])
 def test_nothing_is_left_behind(ending, folder, tmp_path):
     """Loader workers too get the signal, as from a terminal: the run still saves. No worker or file outlives a run."""
@@ -3320,7 +3348,6 @@ def test_gradients_of_one_two_and_three_processes(folder, tmp_path):
     print(f"largest difference {worst:.1e} of the largest gradient")
 
 
-@pytest.mark.skipif(not shutil.which("pgrep"), reason="looks for processes with pgrep")
 def test_a_process_that_dies_takes_the_run_down(folder, tmp_path):
     """Within seconds, with a message, and the same command goes on from what was saved."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -3329,9 +3356,10 @@ def test_a_process_that_dies_takes_the_run_down(folder, tmp_path):
     while not (tmp_path / "out/log.jsonl").exists():
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.05)
-    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    ranks = [pid for pid in processes_of(str(tmp_path / "out")) if pid != run.pid]
     begin = time.time()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
     _, errors = run.communicate(timeout=60)
     print(f"down after {time.time() - begin:.1f} s")
     assert run.returncode == 1 and time.time() - begin < 30 and "exitcode  : -9" in errors
@@ -3433,9 +3461,13 @@ def test_two_processes_of_the_four(name, folder, tmp_path):
 
 
 def test_bench(tmp_path, folder):
-    """Two of its tables, small: candidates take turns, and figures fit together."""
+    """Three of its tables, small: candidates take turns, and figures fit together."""
     small = "--models vit_tiny --amp none --batch_size 2 --rounds 2 --seconds 1e-9 --device cpu --output_dir"
-    for what, more in (("methods", ["--methods", "mae"]), ("loader", [folder / "train"])):
+    for what, *more in (
+        ("methods", "--methods", "mae"),
+        ("loader", folder / "train"),
+        ("end_to_end", folder / "train"),
+    ):
         done = script("bench.py", *([f"--{what}"] if what != "methods" else []), *more, *small.split(), tmp_path)
         assert done.returncode == 0, done.stderr
         table = (tmp_path / f"{what}_cpu.md").read_text()

@@ -74,7 +74,7 @@ def get_args(argv=None):
     parser.add_argument("--batch_size", type=number(int, "[1, inf)"), help="images a step (default: by model)")
     parser.add_argument("--rounds", type=number(int, "[1, inf)"), default=5)
     parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=3.0, help="about how long a turn is")
-    parser.add_argument("--compile", action="store_true", help="torch.compile ours (--peers on a GPU: both)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the five scripts' models")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args(argv)
@@ -86,6 +86,8 @@ def get_args(argv=None):
     for name in args.peers or []:
         if not importlib.util.find_spec(name):
             raise InputError(f"{name} is not installed: pip install it, or name other libraries after --peers")
+    if args.compile and (args.peers or args.loader or args.end_to_end or args.scaling):
+        raise InputError("--compile is for the five scripts' table: --peers shows both")
     if args.methods[0] != "mae":
         raise InputError("--methods begins with mae, which the others are measured by")
     for folder in filter(None, (args.loader, args.end_to_end)):
@@ -486,9 +488,8 @@ def peers(args):
             words, plain = words_of(model, args, amp), "eager" if args.device == "cpu" and amp == "bf16" else "sdpa"
             facts = dict(macs=counted("mae", words), images=batch_of(words))
             for name in args.peers:
-                candidates = [Candidate("`mae.py`", ours, "mae", words, **facts)]
-                if args.compile or args.device == "cuda":
-                    candidates.append(Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts))
+                candidates = [Candidate("`mae.py`", ours, "mae", words, **facts),
+                              Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts)]
                 for label, *how in (("default AdamW", False, False),
                                     (f"fused AdamW, {plain} attention", True, False, plain),
                                     (f"fused AdamW, {plain} attention, compiled", True, True, plain)):

@@ -106,11 +106,19 @@ def attention(q, k, v, dropout=0.0):
 
 
 @torch.compiler.disable    # compiled, it would be made anew for every list of lengths
-def attention_by_image(q, k, v, lengths):
+def attention_by_length(q, k, v, lengths):
     """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
-    images one after another; `lengths` (N,) says how many each has. For CPUs, whose time is in the arithmetic."""
-    images = zip(*(x.split(lengths.tolist(), dim=1) for x in (q * q.shape[2] ** -0.5, k, v)))
-    return torch.cat([(q @ k.transpose(1, 2)).softmax(dim=2) @ v for q, k, v in images], dim=1)
+    images one after another; `lengths` (N,) says how many each has. Images of one length go together. For CPUs, whose
+    time is in the arithmetic."""
+    q, k, v = (x.split(lengths.tolist(), dim=1) for x in (q, k, v))             # of each image, (heads, length, d)
+    attended, alike = [None] * len(q), {}
+    for i, x in enumerate(q):
+        alike.setdefault(x.shape[1], []).append(i)
+    for images in alike.values():
+        together = attention(*(torch.stack([x[i] for i in images]) for x in (q, k, v)))
+        for i, x in zip(images, together):
+            attended[i] = x
+    return torch.cat(attended, dim=1)
 
 
 def attention_padded(q, k, v, inside, slots):
@@ -123,8 +131,8 @@ def attention_padded(q, k, v, inside, slots):
 
 
 def ragged_attention(q, k, v, lengths, inside, slots):
-    """By image on a CPU, padded elsewhere; arguments and result as there."""
-    return attention_by_image(q, k, v, lengths) if q.is_cpu else attention_padded(q, k, v, inside, slots)
+    """By length on a CPU, padded elsewhere; arguments and result as there."""
+    return attention_by_length(q, k, v, lengths) if q.is_cpu else attention_padded(q, k, v, inside, slots)
 
 
 class PatchEmbed(nn.Module):

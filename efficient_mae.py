@@ -7,7 +7,7 @@ patch's error by its P²Dist to the power -γ (Eq. 2), and decoder masking (Sect
 decoder altogether: no token, no attention, no loss. The mask ratio can then rise from 0.75 to 0.85.
 
 Against mae.py: P²Dist is new, the loss is weighted, and the decoder works on a ragged batch. Its linear layers run on
-the tokens of all images packed one after another, its attention image by image (on a GPU padded to 1 + L).
+the tokens of all images packed one after another, its attention on images of equal length (on a GPU padded to 1 + L).
 
 Chosen where the paper is silent or contradicts itself:
 - Algorithm 1: of the distinct points at the visible patches' centres, edges and corners, the k = 8 nearest to the
@@ -50,7 +50,7 @@ from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normaliz
                     check_finite, check_output, check_vit, gather, init_linear, inventory, load, load_dataset,
                     load_weights, make_loader, number, pair, restore, save, seed_from, sincos_pos_embed, tidy_output,
                     train_transform)
-from common import ragged_attention  # Efficient: by image on a CPU, else padded
+from common import ragged_attention  # Efficient: within each image's tokens
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
@@ -281,19 +281,19 @@ class EfficientMAE(ViT):
         x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
 
         # Hard patches leave; what stays is packed: (T, D_decoder). T is the one number that a GPU is waited for. It is
-        # filled up to a multiple of 64, as by one more image: a CPU prepares its kernels anew for every new T.
+        # filled up to a multiple of 16, as by one more image: a CPU prepares its kernels anew for every new T.
         enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
         number = enters.sum().item()
-        fill = 64 - number % 64
+        fill = 16 - number % 16
         lengths = F.pad(enters.sum(dim=1), (0, 1), value=fill)                           # (N + 1,)
         tokens = F.pad(true_entries(enters, number), (0, fill), value=self.num_patches)
-        inside = torch.arange(max(64, enters.shape[1]), device=x.device) < lengths[:, None]
+        inside = torch.arange(max(16, enters.shape[1]), device=x.device) < lengths[:, None]
         slots = true_entries(inside, number + fill)
 
         x = x.flatten(0, 1).index_select(0, tokens)
         for block in self.decoder_blocks:
             qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)
-            attended = ragged_attention(*qkv.contiguous(), lengths, inside, slots)       # (heads, T, d)
+            attended = ragged_attention(*qkv, lengths, inside, slots)       # (heads, T, d)
             x = x + block.attn.proj(attended.transpose(0, 1).flatten(1))
             x = x + block.mlp(block.norm2(x))
 

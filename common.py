@@ -97,42 +97,37 @@ def init_linear(module):
         nn.init.zeros_(module.bias)
 
 
-def attention(q, k, v, dropout=0.0):
-    """softmax(q kᵀ / √d) v with dropout on the probabilities; q, k, v and the result are (N, heads, L, d)."""
+def attention(q, k, v, dropout=0.0, mask=None):
+    """softmax(q kᵀ / √d) v with dropout on the probabilities; q, k, v and the result are (N, heads, L, d).
+    `mask` broadcasts to (N, heads, L, L) and is false where a query (third axis) must not see a key (fourth)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # there the fused kernel was 1.2 to 3 times slower
-        attn = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+        attn = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        attn = (attn if mask is None else attn.masked_fill(~mask, -math.inf)).softmax(dim=-1)
         return F.dropout(attn, dropout, training=dropout > 0) @ v
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 @torch.compiler.disable    # compiled, it would be made anew for every list of lengths
-def attention_by_length(q, k, v, lengths):
+def attention_by_image(q, k, v, lengths):
     """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
-    images one after another; `lengths` (N,) says how many each has. Images of one length go together. For CPUs, whose
-    time is in the arithmetic."""
-    q, k, v = (x.split(lengths.tolist(), dim=1) for x in (q, k, v))             # of each image, (heads, length, d)
-    attended, alike = [None] * len(q), {}
-    for i, x in enumerate(q):
-        alike.setdefault(x.shape[1], []).append(i)
-    for images in alike.values():
-        together = attention(*(torch.stack([x[i] for i in images]) for x in (q, k, v)))
-        for i, x in zip(images, together):
-            attended[i] = x
-    return torch.cat(attended, dim=1)
+    images one after another; `lengths` (N,) says how many each has. For CPUs, whose time is in the arithmetic."""
+    images = zip(*(x.split(lengths.tolist(), dim=1) for x in (q, k, v)))
+    return torch.cat([attention(q, k, v) for q, k, v in images], dim=1)
 
 
 def attention_padded(q, k, v, inside, slots):
-    """The same for GPUs, in few large kernels: images padded to one length. `inside` (N, length) says which tokens are
-    an image's, `slots` (T,) where these are in the flattened `inside`."""
+    """The same in few large kernels: images padded to one length. `inside` (N, length) says which tokens are an
+    image's, `slots` (T,) where these are in the flattened `inside`."""
     q, k, v = (x.new_zeros(len(x), inside.numel(), x.shape[2]).index_copy(1, slots, x).unflatten(1, inside.shape)
                for x in (q, k, v))                                      # (heads, N, length, d)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None])
-    return x.flatten(1, 2).index_select(1, slots)
+    return attention(q, k, v, mask=inside[:, None]).flatten(1, 2).index_select(1, slots)
 
 
 def ragged_attention(q, k, v, lengths, inside, slots):
-    """By length on a CPU, padded elsewhere; arguments and result as there."""
-    return attention_by_length(q, k, v, lengths) if q.is_cpu else attention_padded(q, k, v, inside, slots)
+    """By image on a CPU, but padded where images are short and calls cost more than arithmetic, and elsewhere;
+    arguments and result as there."""
+    by_image = q.is_cpu and inside.shape[1] > 100
+    return attention_by_image(q, k, v, lengths) if by_image else attention_padded(q, k, v, inside, slots)
 
 
 class PatchEmbed(nn.Module):

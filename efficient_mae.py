@@ -7,7 +7,7 @@ patch's error by its P²Dist to the power -γ (Eq. 2), and decoder masking (Sect
 decoder altogether: no token, no attention, no loss. The mask ratio can then rise from 0.75 to 0.85.
 
 Against mae.py: P²Dist is new, the loss is weighted, and the decoder works on a ragged batch. Its linear layers run on
-the tokens of all images packed one after another, its attention on images of equal length (on a GPU padded to 1 + L).
+the tokens of all images packed one after another, its attention image by image (on a GPU padded to 1 + L).
 
 Chosen where the paper is silent or contradicts itself:
 - Algorithm 1: of the distinct points at the visible patches' centres, edges and corners, the k = 8 nearest to the
@@ -281,13 +281,13 @@ class EfficientMAE(ViT):
         x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
 
         # Hard patches leave; what stays is packed: (T, D_decoder). T is the one number that a GPU is waited for. It is
-        # filled up to a multiple of 16, as by one more image: a CPU prepares its kernels anew for every new T.
+        # filled up to a multiple of 32, as by one more image: a CPU prepares its kernels anew for every new T.
         enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
         number = enters.sum().item()
-        fill = 16 - number % 16
+        fill = 32 - number % 32
         lengths = F.pad(enters.sum(dim=1), (0, 1), value=fill)                           # (N + 1,)
         tokens = F.pad(true_entries(enters, number), (0, fill), value=self.num_patches)
-        inside = torch.arange(max(16, enters.shape[1]), device=x.device) < lengths[:, None]
+        inside = torch.arange(max(32, enters.shape[1]), device=x.device) < lengths[:, None]
         slots = true_entries(inside, number + fill)
 
         x = x.flatten(0, 1).index_select(0, tokens)

@@ -16,6 +16,7 @@ into --output_dir.
 """
 import argparse
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -75,6 +76,7 @@ def get_args(argv=None):
     parser.add_argument("--rounds", type=number(int, "[1, inf)"), default=5)
     parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=3.0, help="about how long a turn is")
     parser.add_argument("--compile", action="store_true", help="torch.compile the five scripts' models")
+    parser.add_argument("--model_only", action="store_true", help="of the five: forward and backward, no other step")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args(argv)
@@ -86,8 +88,8 @@ def get_args(argv=None):
     for name in args.peers or []:
         if not importlib.util.find_spec(name):
             raise InputError(f"{name} is not installed: pip install it, or name other libraries after --peers")
-    if args.compile and (args.peers or args.loader or args.end_to_end or args.scaling):
-        raise InputError("--compile is for the five scripts' table: --peers shows both")
+    if (args.compile or args.model_only) and (args.peers or args.loader or args.end_to_end or args.scaling):
+        raise InputError("--compile and --model_only are for the five scripts' table (--peers shows ours both ways)")
     if args.methods[0] != "mae":
         raise InputError("--methods begins with mae, which the others are measured by")
     for folder in filter(None, (args.loader, args.end_to_end)):
@@ -170,7 +172,11 @@ def turns(pipe, batches, device):
         torch.cuda.synchronize() if cuda else None
         seconds = (time.perf_counter() - start) / steps
         pipe.send((seconds, torch.cuda.max_memory_allocated() if cuda else peak_memory()))
-        torch.cuda.empty_cache() if cuda else None      # the next one's turn
+        if cuda:
+            torch.cuda.empty_cache()                    # the next one's turn
+        elif idle:                                      # steps that are not timed get the memory back
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)        # glibc's
 
 
 def peak_memory():
@@ -206,6 +212,22 @@ def ours(turns, name, words, folder=None):
         module.patch_statistics = lambda *_: (0.5, 0.1)
     with tempfile.TemporaryDirectory() as args.output_dir:
         module.main(args)
+
+
+def forward_backward(turns, name, words):
+    """A script's model alone: no optimiser, no gradient's norm, nothing else of its main."""
+    module = importlib.import_module(name)
+    args = module.get_args(words)
+    device = torch.device(args.device)
+    dtype = amp_dtype(args.amp, device)
+    model, normalize = module.build_model(args).to(device).train(), Normalize().to(device)
+    if args.compile:
+        model.compile()
+    for imgs, _ in turns(from_memory(args.batch_size, common.pair(args.img_size), device), device):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss, _ = model(normalize(imgs.to(device, non_blocking=True)))
+        loss.backward()
+        model.zero_grad()
 
 
 def matrix_product(turns, size, dtype, device):
@@ -389,8 +411,8 @@ def measure(candidates, args, idle=0):
     idle = max(idle, 2 * gpu)                           # memory is had anew, clocks rise
     steps = []
     for group in tqdm(candidates, "warming up", leave=False):
-        turn(group, 0, 20 if gpu else 2)                # compiles, fills caches
-        steps.append(max(1, idle, round(args.seconds / turn(group, 0, 5 if gpu else 1))))
+        seconds = turn(group, 20 if gpu else 2, 5 if gpu else 1)        # the first compile, and fill caches
+        steps.append(max(1, idle, round(args.seconds / seconds)))
     for round_ in tqdm(range(args.rounds), "rounds", leave=False):
         order = range(len(candidates))
         for i in [*order[round_ % len(order):], *order[:round_ % len(order)]]:
@@ -459,11 +481,12 @@ def limit_of(limit):
 
 
 def methods(args):
-    """The five scripts' training steps."""
+    """The five scripts' training steps, or their models' forward and backward alone."""
+    run, what = (forward_backward, ", forward and backward") if args.model_only else (ours, "")
     for model in args.models:
         for amp in args.amp:
             words = words_of(model, args, amp, *["--compile"] * args.compile)
-            candidates = [Candidate(f"`{name}.py`", ours, name, words, images=batch_of(words),
+            candidates = [Candidate(f"`{name}.py`", run, name, words, images=batch_of(words),
                                     macs=counted(name, words), tight=tight(name, words)) for name in args.methods]
             limit = product(args, amp)
             measure([*candidates, limit], args)
@@ -474,8 +497,8 @@ def methods(args):
                 rows.append([candidate.label, spread(images), spread(over(candidate, first)), f"{macs / 1e9:.2f}",
                              f"{macs / first.facts['macs']:.2f}", f"{macs / candidate.facts['tight']:.2f}",
                              f"{statistics.median(share):.0f} %", gigabytes(candidate)])
-            yield (f"{model}, {amp}{', compiled' * args.compile}, {batch_of(words)} images a step; {limit_of(limit)} "
-                   f"(`{' '.join(words)}`)",
+            yield (f"{model}, {amp}{', compiled' * args.compile}{what}, {batch_of(words)} images a step; "
+                   f"{limit_of(limit)} (`{' '.join(words)}`)",
                    ["script", "images/s", f"step time over {first.label}", "G multiply-adds an image",
                     f"over {first.label}", "over the tight count", "of the matrix-product rate", "peak memory, GB"],
                    rows, [*candidates, limit])
@@ -582,7 +605,12 @@ def end_to_end(args):
                           Candidate("from the folder", ours, "mae", words, args.end_to_end, **facts)]
             measure(candidates, args, idle=2 * workers + 2)                 # what workers had ready is gone by then
             with tempfile.TemporaryDirectory() as output:
-                more = ["--epochs", "2", "--warmup_epochs", "1", "--output_dir", output]
+                images = len(common.load_dataset(args.end_to_end, "pretrain"))
+                (Path(output) / "images").mkdir()       # for epochs of 40 steps: workers are ahead when one begins
+                for i in range(math.ceil(40 * facts["images"] / images)):
+                    (Path(output) / "images" / str(i)).symlink_to(os.path.abspath(args.end_to_end))
+                more = ["--epochs", "2", "--warmup_epochs", "1", "--output_dir", output,
+                        "--data", str(Path(output) / "images")]
                 done = subprocess.run([sys.executable, Path(__file__).parent / "mae.py", *words, *more],
                                       capture_output=True, text=True)
                 if done.returncode:
@@ -616,7 +644,7 @@ def scaling(args):
                         for i in range(2))
                   for label, line, environment in (("two processes of one run (DDP)", two, rank),
                                                    ("two runs of one process each, at once", words, alone))]
-        measure(groups, args)
+        measure(groups, args, idle=1)                   # four in memory, two with a batch
         rows = [[group[0].label, spread([2 * batch_size / t for t in group[0].times]),
                  spread(over(groups[1][0], group[0])), gigabytes(group[0])] for group in groups]
         each = "one core" if args.device == "cpu" else "one GPU"
@@ -658,6 +686,7 @@ def machine(args):
 def main(args):
     """Measures, prints and writes the tables."""
     what = next((name for name in ("peers", "loader", "end_to_end", "scaling") if getattr(args, name)), "methods")
+    file = f"{'model' if args.model_only else what}_{args.device}"
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     Candidate.errors = str(output / "errors.log")
@@ -672,9 +701,9 @@ def main(args):
                 print("\n" + text[-1], flush=True)
                 raw.append({"title": title, "candidates": [
                     {"label": c.label, **c.facts, "seconds": c.times, "memory": c.memory} for c in candidates]})
-                (output / f"{what}_{args.device}.md").write_text("\n\n".join(text) + "\n")
+                (output / f"{file}.md").write_text("\n\n".join(text) + "\n")
                 found = {"command": command, "machine": machine(args), "rounds": args.rounds, "tables": raw}
-                (output / f"{what}_{args.device}.json").write_text(json.dumps(found, indent=1) + "\n")
+                (output / f"{file}.json").write_text(json.dumps(found, indent=1) + "\n")
         finally:
             Candidate.stop_all()
 

@@ -54,7 +54,9 @@ import finetune
 import mae
 import robust_mae
 import sdae
+import visualize
 from common import VIT_SIZES, InputError, ViT
+from results import reproduce
 
 ROOT = Path(__file__).parent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -3464,14 +3466,16 @@ def test_two_processes_of_the_four(name, folder, tmp_path):
 
 
 def test_bench(tmp_path, folder):
-    """Three of its tables, small: candidates take turns, and figures fit together."""
+    """Four of its tables, small: candidates take turns, and figures fit together."""
     small = "--models vit_tiny --amp none --batch_size 2 --rounds 2 --seconds 1e-9 --device cpu --output_dir"
     for what, *more in (
         ("methods", "--methods", "mae"),
+        ("model", "--methods", "mae", "sdae", "--model_only"),
         ("loader", folder / "train"),
         ("end_to_end", folder / "train"),
     ):
-        done = script("bench.py", *([f"--{what}"] if what != "methods" else []), *more, *small.split(), tmp_path)
+        flag = [f"--{what}"] if what in ("loader", "end_to_end") else []
+        done = script("bench.py", *flag, *more, *small.split(), tmp_path)
         assert done.returncode == 0, done.stderr
         table = (tmp_path / f"{what}_cpu.md").read_text()
         assert "2 rounds" in table and "| --- |" in table and table.splitlines()[-1] in done.stdout
@@ -3484,6 +3488,7 @@ def test_bench(tmp_path, folder):
         (["--methods", "sdae"], "--methods begins with mae"),
         (["--loader", "nowhere"], "no folder 'nowhere'"),
         (["--peers", "nobody"], "invalid choice: 'nobody'"),
+        (["--scaling", "--compile"], "--compile and --model_only are for"),
     ):
         with pytest.raises((InputError, SystemExit), match=f"2|{said}"):
             bench.get_args(words)
@@ -3511,10 +3516,10 @@ def test_peers_do_the_same_work(library):
 
 def test_commands_of_the_readme_and_the_headers(monkeypatch):
     """Every command has arguments that its script knows, and a batch that its processes can share."""
-    scripts = {**SCRIPTS, "finetune": finetune, "bench": bench}
+    scripts = {**SCRIPTS, "finetune": finetune, "bench": bench, "visualize": visualize}
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)  # lightly may not be here,
     monkeypatch.setattr(bench.os.path, "isdir", lambda path: True)  # nor the user's photographs
-    texts = [(ROOT / "README.md").read_text(), *(module.__doc__ for module in (*SCRIPTS.values(), bench))]
+    texts = [(ROOT / "README.md").read_text(), *(module.__doc__ for module in (*SCRIPTS.values(), bench, visualize))]
     commands = re.findall(r"^(?:.*&& | *)(python|torchrun .*?) ?(\w+)\.py (.*?)(?:#.*)?$", "\n".join(texts), re.M)
     assert len(commands) > 25 and {name for _, name, _ in commands} == scripts.keys()
     for launcher, name, arguments in commands:
@@ -3537,7 +3542,277 @@ def test_the_readmes_way_into_timm(tmp_path, monkeypatch):
     model = mae.MAE(decoder_depth=1)
     torch.save({"model": model.encoder_state_dict(), "args": {}}, tmp_path / "runs/mae/encoder.pt")
     scope = {}
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], scope)
+    section = (ROOT / "README.md").read_text().split("## Using the weights elsewhere")[1]
+    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], scope)
     imgs = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(scope["encoder"].eval()(imgs), model.eval().features(imgs), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, claims, the tutorial
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_pictures_of_each_script(name, run_of, folder, tmp_path, monkeypatch):
+    """Every picture that a script's checkpoint can give opens, and is as large as it should be."""
+    monkeypatch.chdir(tmp_path)
+    images = ["--images", str(folder / "val"), "--number", "3"]
+    for what in ("seeds", "difficulty", "attention"):
+        words = [what, "--ckpt", f"{run_of(name)}/{'encoder' if what == 'attention' else 'last'}.pt", *images]
+        if name == "sdae" and what != "attention":
+            with pytest.raises(InputError, match="SdAE predicts features"):
+                visualize.main(visualize.get_args(words))
+            continue
+        visualize.main(visualize.get_args(words))
+        with Image.open(f"{what}.png") as sheet:
+            sheet.load()
+        rows, cell = 6 if what == "seeds" else 3, (1200 - 6 * 5) // 4
+        assert sheet.width == 1200 and 0 < sheet.height - rows * (cell + 6) < 250
+        first = visualize.load_images([str(folder / "val")], 3, (32, 32))[0]
+        theirs = np.asarray(sheet.crop((6, 34, 6 + cell, 34 + cell)).resize((32, 32), Image.Resampling.BOX)).astype(int)
+        assert abs(theirs - first.permute(1, 2, 0).numpy()).max() <= 8, "the first cell is the first image"
+
+
+def test_the_same_masks_in_picture_and_measure(run_of):
+    """The masks that `seeds` shows are those whose predictions it compares."""
+    model = visualize.load_pixel_model(run_of("emae") / "last.pt")
+    imgs = torch.randn(2, 3, 32, 32)
+    _, mask = visualize.predict(model, imgs, 5)
+    torch.manual_seed(5)
+    masked = model.picture(imgs, common.Normalize())[1]
+    grey = common.Normalize().inverse(torch.zeros(1, 3, 1, 1))
+    hidden = (mae.patchify(masked, 8) - mae.patchify(grey.expand(1, 3, 32, 32), 8)).abs().amax(2) < 1e-6
+    assert torch.equal(hidden, mask.bool())
+    torch.manual_seed(5)
+    ids_keep, _ = mae.random_masking(torch.rand(2, 16), 0.75)  # and MAE's of the same seed
+    assert torch.equal(mask, torch.ones(2, 16).scatter(1, ids_keep, 0.0))
+
+
+def test_images_of_pictures(folder, tmp_path):
+    """Files as they come, all of them; of a folder some, evenly apart, of its val/ where there is one."""
+    paths = sorted((folder / "val").rglob("*.png"))
+    size = (32, 48)
+    ours = visualize.load_images([str(paths[0]), str(folder)], 3, size)
+    expected = [common.eval_transform(size)(common.load_rgb(path)) for path in (paths[0], *paths[::7])]
+    assert torch.equal(ours, torch.stack(expected))
+    assert len(visualize.load_images([str(folder / "val")], 100, size)) == 21
+
+
+def test_disagreement_by_hand():
+    predictions = [(torch.randn(2, 5, 3), torch.rand(2, 5).round()) for _ in range(3)]
+    predictions[0][0][0, 1] = math.nan  # a patch that Efficient MAE leaves out
+    ours = visualize.disagreement(predictions)
+    for n, patch in itertools.product(range(2), range(5)):
+        seen = [p[n, patch] for p, mask in predictions if mask[n, patch] == 1 and not p[n, patch].isnan().any()]
+        apart = [(a - b).abs().mean().item() for a, b in itertools.combinations(seen, 2)]
+        assert ours[n, patch].item() == pytest.approx(np.mean(apart) if apart else math.nan, nan_ok=True, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mae", "robust_mae"])
+def test_loss_of_a_patch(name, run_of):
+    """The loss that `difficulty` draws is what the model trains on: its mean over removed patches is the loss."""
+    model = visualize.load_pixel_model(run_of(name) / "last.pt")
+    imgs = torch.randn(2, 3, 32, 32)
+    pred, mask = visualize.predict(model, imgs, 3)
+    error = (pred - visualize.target_of(model, imgs)).square().mean(2)
+    torch.manual_seed(3)
+    assert error[mask.bool()].mean().item() == pytest.approx(model(imgs)[0].item(), rel=1e-5)
+
+
+def test_attention_equals_transformers():
+    """Of the cls token in the last block, head by head."""
+    model = shake(mae.MAE(**TINY, **TINY_DECODER))
+    peer = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=192,
+            image_size=32,
+            patch_size=8,
+            decoder_hidden_size=32,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=128,
+            layer_norm_eps=1e-6,
+            mask_ratio=0.0,
+            attn_implementation="eager",
+        )
+    ).eval()
+    peer.load_state_dict(to_transformers(model.state_dict()))
+    imgs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        in_order = torch.arange(16.0).expand(2, -1)
+        theirs = peer.vit(imgs, noise=in_order, output_attentions=True).attentions[-1][:, :, 0, 1:]
+    torch.testing.assert_close(visualize.cls_attention(model, imgs), theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_colours():
+    """Dark to bright, and grey where there is no number."""
+    picture = visualize.heat([0.0, 1.0, math.nan, 0.5, 2.0, -1.0], (2, 3), 0, 1)
+    assert picture.shape == (3, 2, 3) and torch.equal(picture[:, 0, 2], torch.full((3,), 0.5))
+    brightness = picture.sum(0)
+    assert brightness[0, 0] < brightness[1, 0] < brightness[0, 1]
+    assert torch.equal(picture[:, 0, 1], picture[:, 1, 1]) and torch.equal(picture[:, 0, 0], picture[:, 1, 2])
+
+
+def test_training_curves(run_of, tmp_path, monkeypatch):
+    words = ["curves", "--runs", str(run_of("mae")), str(run_of("emae") / "log.jsonl")]
+    drawn = []
+    monkeypatch.setattr(visualize, "plot", lambda *arguments: drawn.append(arguments))
+    visualize.main(visualize.get_args(words))
+    assert [list(epochs) for epochs, _ in drawn[0][1].values()] == [[1, 2], [1, 2]]
+    with pytest.raises(InputError, match="has no 'consistency': it has epoch, loss"):
+        visualize.main(visualize.get_args([*words, "--key", "consistency"]))
+    monkeypatch.undo()
+    monkeypatch.setattr(visualize.importlib.util, "find_spec", lambda name: None)  # matplotlib may be here
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        visualize.main(visualize.get_args(words))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("curves", "need --runs"),
+        ("seeds", "needs --ckpt"),
+        ("seeds --ckpt x --seeds 1", "at least two"),
+        ("seeds --ckpt x --output nowhere/x.png", "must end with .png, in a folder"),
+        ("seeds --ckpt x --output x.jpeg", "must end with .png"),
+        ("seeds --ckpt ENCODER", "holds no decoder"),
+        ("seeds --ckpt nowhere.pt", "no checkpoint at"),
+        ("seeds --ckpt LAST --images nowhere", "no image, folder or data set 'nowhere'"),
+        ("curves --runs nowhere", "no log of a run at"),
+    ],
+)
+def test_bad_arguments_of_pictures(words, said, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = words.replace("ENCODER", str(pretrained / "encoder.pt")).replace("LAST", str(pretrained / "last.pt"))
+    with pytest.raises(InputError, match=said):
+        visualize.main(visualize.get_args(words.split()))
+
+
+@pytest.fixture
+def small_scale(monkeypatch):
+    """reproduce.py's scale "cpu" for runs of seconds."""
+    words = "--epochs 1 --warmup_epochs 0.5 --batch_size 16 --blr 1"
+    small = dict(reproduce.SCALES["cpu"], batch=16, epochs=4, few_epochs=1, linear=words, finetune=words)
+    monkeypatch.setitem(reproduce.SCALES, "cpu", small)
+    return small
+
+
+def test_reproduce(folder, small_scale, tmp_path, monkeypatch):
+    """Two of its runs: what is done is not done again, unless it is of another recipe; the table is made from files."""
+    words = f"--scale cpu --data {folder} --output_dir {tmp_path}/results --runs {tmp_path}/runs --only random few_emae"
+    args = reproduce.get_args(words.split())
+    assert reproduce.main(args) == 0
+    files = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results/cpu").iterdir()}
+    written = files()
+    assert written.keys() == {
+        "commands.txt",
+        *(f"random_seed0_{kind}.json" for kind in ("knn", "linear", "finetune")),
+        *(f"few_emae_seed0_{kind}.json" for kind in ("log", "knn", "linear", "consistency")),
+    }
+    page = (tmp_path / "results/cpu.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    row = next(row for row in rows if row[0] == "`emae.py`" and row[1] == "1")
+    for cell, kind in ((3, "knn"), (4, "linear")):
+        assert row[cell] == f"{json.loads(written[f'few_emae_seed0_{kind}.json'])['top1']:.1f}"
+    agreement = json.loads(written["few_emae_seed0_consistency.json"])
+    assert any(
+        row[-2:] == [f"{agreement['masks'] / agreement['images']:.3f}", f"{agreement['masks']:.3f}"] for row in rows
+    )
+    claims = [row for row in rows if len(row) == 5 and row[0] not in ("claim", "---")]
+    assert len(claims) >= len(reproduce.CLAIMS) and claims[-1][-1] == "not run"
+    with monkeypatch.context() as patch:  # nothing is run any more
+        patch.setattr(reproduce.subprocess, "Popen", None)
+        assert reproduce.main(args) == 0 and files() == written
+    small_scale["batch"] = 8  # another recipe
+    assert json.loads(written["few_emae_seed0_log.json"])["command"] not in str(reproduce.plan("cpu"))
+    assert "not run" in reproduce.table("cpu", tmp_path / "results/cpu").split("`emae.py` | 1 |")[1].splitlines()[0]
+
+
+def test_reproduce_stops_and_fails(folder, small_scale, tmp_path, capsys):
+    """At the deadline it stops, and says what is left; a run that fails is named, and the others go on."""
+    words = f"--scale cpu --data {folder} --output_dir {tmp_path}/results --runs {tmp_path}/runs --only mae few_random"
+    assert reproduce.main(reproduce.get_args([*words.split(), "--minutes", "0"])) == 1
+    assert "left: mae_seed0, few_random_seed0" in capsys.readouterr().out
+    small_scale["batch"] = 10**6
+    assert reproduce.main(reproduce.get_args(words.split())) == 1
+    said = capsys.readouterr()
+    assert "left: mae_seed0\n" in said.out and "mae_seed0: it failed with code 2: python mae.py" in said.err
+    with pytest.raises(InputError, match="no such runs: nobody"):
+        reproduce.get_args([*words.split(), "nobody"])
+    with pytest.raises(InputError, match="--data must be"):
+        reproduce.get_args("--scale cpu --data nowhere".split())
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+def test_plan_of_reproduce(scale):
+    """Its commands are right, its claims are about its runs, and its page is the one that is committed."""
+    runs = reproduce.plan(scale)
+    kinds = {row[0]: set(reproduce.wanted_of(row)) for row in runs}
+    for claim, _, better, worse, measure in reproduce.CLAIMS:
+        assert measure in kinds[better] & kinds[worse] and better != worse, claim
+    for name, _, words, evaluations in runs:
+        if words != "random weights":
+            script_name, _, arguments = words.partition(".py ")
+            SCRIPTS[script_name].get_args(arguments.split())
+        for evaluation in evaluations.values():
+            args = finetune.get_args(["--ckpt", "none", *evaluation.split()[1:]])
+            finetune.fill_recipe(args, 192)
+    committed = ROOT / "results/reproduce" / f"{scale}.md"
+    assert committed.read_text() == reproduce.table(scale, committed.with_suffix(""))
+
+
+def test_verdicts():
+    verdict = lambda *words: reproduce.verdict(*words)
+    assert verdict("a beats b", [50.0], [48.0], "linear") == "yes"
+    assert verdict("a beats b", [48.0], [50.0], "linear") == "no, the reverse"
+    assert verdict("a beats b", [50.0, 48.0], [48.0, 48.0], "linear") == "too close to tell"
+    assert (
+        verdict("a ≈ b", [50.0], [49.0], "linear") == "yes" and verdict("a ≈ b", [50.0], [40.0], "linear") == "better"
+    )
+    assert verdict("a against b", [40.0], [50.0], "linear") == "lower"
+    assert (
+        verdict("less", [0.1], [0.2], "consistency") == "yes" and verdict("less", [0.2], [0.21], "consistency") != "yes"
+    )
+    assert verdict("a beats b", [], [1.0], "linear") == "not run"
+
+
+def test_quotations_of_the_tutorial():
+    """Every line that docs/reading.md quotes is in the file it names, in that order; of a diff, in one file alone."""
+    page = (ROOT / "docs/reading.md").read_text()
+    blocks = re.findall(r"```(python|diff)\n# (.*?)\n(.*?)```", page, re.S)
+    assert len(blocks) == page.count("```") / 2 > 15
+    squeezed = lambda line: " ".join(line.split())
+    for kind, source, quoted in blocks:
+        old, _, new = source.partition(" -> ")
+        texts = [[squeezed(line) for line in (ROOT / name).read_text().splitlines()] for name in (old, new) if name]
+        there = texts[0] if kind == "python" else list(difflib.ndiff(*texts))
+        lines = [squeezed(line) for line in quoted.splitlines() if line.strip() != "…"]
+        for sign in ("",) if kind == "python" else ("-", "+"):
+            wanted = [f"{sign} {line[1:].strip()}" if sign else line for line in lines if line.startswith(sign)]
+            rest = iter(there)
+            assert wanted and all(line in rest for line in wanted), (source, wanted)
+
+
+def test_worked_example_of_the_readme(folder, tmp_path):
+    """Its commands, one after another, with fewer and smaller batches; then its Python."""
+    section = (ROOT / "README.md").read_text().split("### Worked example")[1].split("\n## ")[0]
+    commands, python = re.findall(r"```(?:python)?\n(.*?)```", section, re.S)
+    (tmp_path / "photos").symlink_to(folder)
+    for command in commands.splitlines():
+        words = command.replace("--batch_size 256", "--batch_size 16").replace(" --epochs 400", "").split()
+        assert words.pop(0) == "python"
+        words[0] = str(ROOT / words[0])
+        if "visualize" not in words[0]:
+            words += ["--num_workers", "0"]
+        if "knn" not in words and "visualize" not in words[0]:
+            words += ["--epochs", "1", "--warmup_epochs", "0"]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seeds.png").exists() and (tmp_path / "runs/mae/reconstruction.png").exists()
+    for mode in ("knn", "linear", "finetune"):
+        assert json.loads((tmp_path / f"runs/mae/{mode}/result.json").read_text())["images"] == 21
+    done = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

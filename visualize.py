@@ -1,0 +1,320 @@
+"""Pictures of what was learnt, from a checkpoint and images (a folder, files, or `shapes`).
+
+    python visualize.py seeds --ckpt runs/emae/last.pt --images shapes           # one image, several masks
+    python visualize.py attention --ckpt runs/sdae/encoder.pt --images photos    # where the cls token looks
+    python visualize.py difficulty --ckpt runs/efficient_mae/last.pt --images photos   # P²Dist beside the loss
+    python visualize.py curves --runs runs/mae runs/robust_mae                   # training curves
+
+`seeds` are EMAE's Figures 1 and 3, `attention` SdAE's Figure 7, `difficulty` Efficient MAE's Figures 2 and 3, `curves`
+Robust MAE's Figure 2. `seeds` and `difficulty` take the last.pt of a script that predicts pixels (not SdAE's);
+`attention` takes any script's last.pt or encoder.pt, or a public MAE checkpoint. Diagrams need matplotlib.
+"""
+import argparse
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from common import (TORCHVISION_DATASETS, InputError, Normalize, ViT, eval_transform, load, load_dataset, load_rgb,
+                    number, restore)
+from efficient_mae import p2dist_approximate
+from finetune import load_encoder
+from mae import patchify, unpatchify
+
+STANDARDISED = ("The model predicts patches standardised by their own mean and variance, so it says nothing of those "
+                "two: they are taken from the original patch. What is predicted is the pattern within a patch.")
+
+
+def get_args(argv=None):
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["seeds", "attention", "difficulty", "curves"])
+    parser.add_argument("--ckpt", help="a script's last.pt; for attention also an encoder.pt")
+    parser.add_argument("--images", nargs="+", default=["shapes"],
+                        help="files, folders, data sets by name; where there is a validation part, its images")
+    parser.add_argument("--data_root", default="data", help="where data sets given by name are")
+    parser.add_argument("--number", type=number(int, "[1, inf)"), default=4, help="how many images of a folder or set")
+    parser.add_argument("--seeds", type=number(int, "[0, 4294967296)"), nargs="+", default=[0, 1, 2], help="of masks")
+    parser.add_argument("--runs", nargs="+", help="curves: folders with a log.jsonl")
+    parser.add_argument("--key", default="loss", help="curves: which number of the log")
+    parser.add_argument("--output", help="the picture (default: {what}.png)")
+    args = parser.parse_args(argv)
+    args.output = args.output or f"{args.what}.png"
+    if args.what == "curves" and not args.runs:
+        raise InputError("curves need --runs: folders that hold a log.jsonl")
+    if args.what != "curves" and not args.ckpt:
+        raise InputError(f"{args.what} needs --ckpt: a checkpoint of one of the scripts")
+    if args.what == "seeds" and len(args.seeds) < 2:
+        raise InputError("--seeds takes at least two seeds to compare")
+    if not os.path.isdir(os.path.dirname(args.output) or ".") or not args.output.endswith(".png"):
+        raise InputError(f"--output {args.output} must end with .png, in a folder that exists")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and images
+# ---------------------------------------------------------------------------------------------------------------------
+def load_model(path):
+    """The model that a script's last.pt holds, in evaluation mode, and the script's name. Raises InputError."""
+    checkpoint = load(path)
+    if "decoder_pred.weight" not in checkpoint.get("model", {}) or not isinstance(checkpoint.get("args"), dict):
+        raise InputError(f"'{path}' holds no decoder, or not the arguments it was made with: give a script's last.pt")
+    own = {"parts": "emae", "gamma": "efficient_mae", "drop_edge": "robust_mae", "folds": "sdae"}   # arguments of one
+    name = next((own[flag] for flag in own if flag in checkpoint["args"]), "mae")
+    model = importlib.import_module(name).build_model(argparse.Namespace(**checkpoint["args"]))
+    restore(path, checkpoint, model=model)
+    return model.eval(), name
+
+
+def load_pixel_model(path):
+    """As load_model, of a method that predicts pixels."""
+    model, name = load_model(path)
+    if name == "sdae":
+        raise InputError("SdAE predicts features, not pixels: see its own reconstruction.png, or draw its attention")
+    return model
+
+
+def load_images(sources, number, img_size, data_root="data"):
+    """Images as for evaluation, uint8 (N, 3, H, W): each file, and of each folder or set `number`, evenly apart."""
+    found = []
+    for source in sources:
+        named = source == "shapes" or source in TORCHVISION_DATASETS
+        if os.path.isfile(source):
+            found.append(load_rgb(source))
+        elif named or os.path.isdir(source):
+            held_out = named or os.path.isdir(os.path.join(source, "val"))
+            images = load_dataset(source, "val" if held_out else "pretrain", data_root)
+            found += [images[i * len(images) // number][0] for i in range(min(number, len(images)))]
+        else:
+            raise InputError(f"no image, folder or data set '{source}'")
+    return torch.stack([eval_transform(img_size)(img) for img in found])
+
+
+@torch.no_grad()
+def predict(model, imgs, seed):
+    """Predictions of every patch under the mask of a seed, (N, L, P·P·3), and the mask (N, L), 1 = removed. Of EMAE's
+    parts the first, whose mask is MAE's of the same seed. NaN where a patch is not predicted."""
+    torch.manual_seed(seed)
+    pred, mask = model.reconstruct(imgs)
+    return (pred.float(), mask) if pred.dim() == 3 else (pred[:, 0].float(), mask[:, 0])
+
+
+def disagreement(predictions):
+    """How far predictions under several masks are apart, (N, L): the mean absolute difference over pixels and pairs of
+    masks, on patches that both remove; NaN where no two do. `predictions` lists what `predict` gives."""
+    total, pairs = 0.0, 0.0
+    for (p, mask_p), (q, mask_q) in itertools.combinations(predictions, 2):
+        apart = (p - q).abs().mean(dim=2)                                                # (N, L)
+        both = (mask_p * mask_q).bool() & ~apart.isnan()
+        total, pairs = total + apart.where(both, torch.zeros(())), pairs + both
+    return total / pairs
+
+
+def target_of(model, imgs):
+    """What the model is to predict of every patch, (N, L, P·P·3)."""
+    target = patchify(imgs, model.patch_size)
+    if hasattr(model, "inter_patch_norm"):      # Robust MAE
+        target = model.inter_patch_norm(target)
+    if model.norm_pix:
+        target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+    return target
+
+
+@torch.no_grad()
+def cls_attention(vit, imgs):
+    """Where the cls token looks in the last block: each head's softmax over all tokens, the patches' part, (N, heads,
+    L)."""
+    x = vit.patch_embed(imgs)
+    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1) + vit.pos_embed
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    last = vit.blocks[-1]
+    qkv = last.attn.qkv(last.norm1(x)).unflatten(2, (3, last.attn.num_heads, -1))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)                                                 # (N, heads, 1 + L, d)
+    return (q[:, :, :1] @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)[:, :, 0, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------------------------------
+HEAT = np.array([[10, 8, 40], [90, 20, 110], [190, 50, 80], [245, 130, 40], [252, 240, 160]]) / 255
+
+
+def heat(values, grid_size, low=None, high=None):
+    """Numbers a patch (L,) as a picture (3, rows, columns) in [0, 1]: dark for `low` (default: the least), bright for
+    `high` (the largest), grey for NaN."""
+    values = np.asarray(values, dtype=np.float64)
+    low = np.nanmin(values) if low is None else low
+    high = np.nanmax(values) if high is None else high
+    share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    colours = np.stack([np.interp(share, np.linspace(0, 1, len(HEAT)), HEAT[:, c]) for c in range(3)])
+    colours[:, np.isnan(values)] = 0.5
+    return torch.from_numpy(colours.reshape(3, *grid_size)).float()
+
+
+def draw(rows, titles, caption, path, width=1200):
+    """Writes a PNG: rows of pictures (3, h, w) in [0, 1], all as large as the first, titles above the columns, and a
+    caption, which it also prints. (Pillow's own font has no superscripts.)"""
+    h, w = rows[0][0].shape[1:]
+    columns, gap, top = len(titles), 6, 34
+    cell = (width - gap * (columns + 1)) // columns
+    size = (cell, round(cell * h / w))
+    font, small = ImageFont.load_default(22), ImageFont.load_default(18)
+    lines = textwrap.wrap(caption, width // 9)
+    bottom = 24 * len(lines) + 14
+    sheet = Image.new("RGB", (width, top + len(rows) * (size[1] + gap) + bottom), "white")
+    ink = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        ink.text((gap + column * (cell + gap) + cell // 2, 6), title, "black", font, anchor="ma")
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            resize = Image.Resampling.NEAREST if picture.shape[2] <= cell else Image.Resampling.LANCZOS
+            place = (gap + c * (cell + gap), top + r * (size[1] + gap))
+            sheet.paste(Image.fromarray(pixels).resize(size, resize), place)
+    ink.text((gap, top + len(rows) * (size[1] + gap) + 4), "\n".join(lines), "black", small)
+    sheet.save(path)
+    print(f"{path}: {caption}")
+
+
+def plot(path, lines, x, y, style="-"):
+    """A diagram of lines, {label: (xs, ys)}. Raises InputError where matplotlib is missing."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise InputError("diagrams need matplotlib: pip install matplotlib")
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for label, (xs, ys) in lines.items():
+        axes.plot(xs, ys, style, label=label)
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"{path}: {y} against {x}: {', '.join(lines)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+# ---------------------------------------------------------------------------------------------------------------------
+def seeds(args):
+    """One image under several masks: what is seen above, what is predicted below, and how far predictions differ."""
+    model, normalize = load_pixel_model(args.ckpt), Normalize()
+    raw = load_images(args.images, args.number, model_size(model), args.data_root)
+    imgs, rows, pictures = normalize(raw), [], []
+    predictions = [predict(model, imgs, seed) for seed in args.seeds]
+    apart = disagreement(predictions)
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        pictures.append(model.picture(imgs, normalize)[1:3])            # the masks of `predict`
+    high = apart.nan_to_num(0.0).max().item()
+    for i in range(len(imgs)):
+        rows.append([raw[i] / 255, *(masked[i] for masked, _ in pictures)])
+        rows.append([heat(apart[i], model.grid_size, 0, high), *(pasted[i] for _, pasted in pictures)])
+    notes = [f"The same images under {len(args.seeds)} masks: above what the model sees, below what it predicts. Below "
+             "the original: how far two predictions of a patch are apart, over the pairs of masks that both remove it, "
+             f"from 0 (dark) to {high:.2f} (bright), grey where there is no such pair; on average "
+             f"{apart.nanmean():.3f}, in units of the model's output."]
+    notes += ["Of EMAE's parts, the first."] * hasattr(model, "parts")
+    notes += ["Grey patches are not predicted."] * any(pred.isnan().any() for pred, _ in predictions)
+    notes += [STANDARDISED] * model.norm_pix
+    draw(rows, ["original", *(f"seed {seed}" for seed in args.seeds)], " ".join(notes), args.output)
+
+
+def attention(args):
+    """Each head's attention from the cls token, and their mean."""
+    weights, vit = load_encoder(args.ckpt)
+    model = ViT(**vit)
+    model.load_state_dict(weights)
+    raw = load_images(args.images, args.number, vit["img_size"], args.data_root)
+    maps = cls_attention(model.eval(), Normalize()(raw))                                 # (N, heads, L)
+    rows = [[img / 255, heat(each.mean(dim=0), model.grid_size), *(heat(head, model.grid_size) for head in each)]
+            for img, each in zip(raw, maps)]
+    draw(rows, ["image", "mean", *map(str, range(maps.shape[1]))],
+         f"Attention of the cls token to the patches in the last block: the mean of its {maps.shape[1]} heads, and "
+         "each head, from the least (dark) to the most (bright) of each map.", args.output)
+
+
+def difficulty(args):
+    """P²Dist and the loss of each removed patch, and the loss against P²Dist."""
+    model, normalize = load_pixel_model(args.ckpt), Normalize()
+    raw = load_images(args.images, args.number, model_size(model), args.data_root)
+    imgs = normalize(raw)
+    target, found, rows = target_of(model, imgs), [], []
+    for seed in args.seeds:
+        pred, mask = predict(model, imgs, seed)
+        order = mask.argsort(dim=1, stable=True)
+        keep, remove = order.tensor_split([int((mask[0] == 0).sum())], dim=1)
+        near = p2dist_approximate(keep, remove, model.grid_size, model.patch_size)
+        distance = torch.full_like(mask, torch.nan).scatter(1, remove, near)             # (N, L)
+        loss = (pred - target).square().mean(dim=2).where(mask.bool(), torch.nan)
+        found.append((distance.flatten(), loss.flatten()))
+        if seed == args.seeds[0]:
+            patches = patchify(imgs, model.patch_size)
+            masked = normalize.inverse(unpatchify(patches * (1 - mask[:, :, None]), model.patch_size, model.grid_size))
+            high = torch.nanquantile(loss, 0.98).item()
+            rows = [[raw[i] / 255, masked[i], heat(distance[i], model.grid_size, 0),
+                     heat(loss[i], model.grid_size, 0, high)] for i in range(len(imgs))]
+    draw(rows, ["original", "seen", "P2Dist", "loss"],
+         f"Removed patches at a mask ratio of {mask.mean():.2f}: their P2Dist (Algorithm 1; dark: 0, bright: the "
+         f"image's largest) and squared error (dark: 0, bright: {high:.2f} or more). Grey: visible, or not predicted. "
+         + "The loss is that of patches standardised by their own mean and variance." * model.norm_pix, args.output)
+    distance, loss = (torch.cat(each) for each in zip(*found))
+    distance, loss = distance[~loss.isnan()], loss[~loss.isnan()]
+    edges = torch.linspace(distance.min(), distance.max() + 1e-3, 9)
+    which = torch.bucketize(distance, edges, right=True) - 1
+    centres, means = [], []
+    print(f"{'P²Dist, pixels':>16} {'patches':>8} {'mean loss':>10}")
+    for i in range(len(edges) - 1):
+        if (which == i).any():
+            centres.append(distance[which == i].mean().item())
+            means.append(loss[which == i].mean().item())
+            print(f"{edges[i]:>7.1f} to {edges[i + 1]:>5.1f} {(which == i).sum().item():>8} {means[-1]:>10.3f}")
+    path = str(Path(args.output).with_suffix("")) + "_curve.png"
+    try:
+        plot(path, {args.ckpt: (centres, means)}, "P²Dist, pixels", "mean loss of a patch", "o-")
+    except InputError as error:
+        print(f"no {path}: {error}")
+
+
+def curves(args):
+    """A number of the logs, epoch by epoch."""
+    lines = {}
+    for run in args.runs:
+        path = Path(run) / "log.jsonl" if os.path.isdir(run) else Path(run)
+        try:
+            log = [json.loads(line) for line in path.read_text().splitlines()]
+            epochs, names = [line["epoch"] + 1 for line in log], ", ".join(log[0])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise InputError(f"no log of a run at {path} ({type(error).__name__})") from error
+        if not all(args.key in line for line in log):
+            raise InputError(f"{path} has no {args.key!r}: it has {names}")
+        lines[run] = (epochs, [line[args.key] for line in log])
+    plot(args.output, lines, "epoch", args.key)
+
+
+def model_size(model):
+    """A model's image size in pixels, (height, width)."""
+    return tuple(n * model.patch_size for n in model.grid_size)
+
+
+def main(args):
+    """Draws what was asked for."""
+    globals()[args.what](args)
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except (InputError, OSError) as error:
+        print(f"visualize.py: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

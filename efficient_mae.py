@@ -283,9 +283,10 @@ class EfficientMAE(ViT):
         # Hard patches leave; what stays is packed: (T, D_decoder). T is the one number that a GPU is waited for. It is
         # filled up to a multiple of 32, as by one more image: a CPU prepares its kernels anew for every new T.
         enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
-        number = enters.sum().item()
+        lengths = enters.sum(dim=1)
+        number = lengths.sum().item()
         fill = 32 - number % 32
-        lengths = F.pad(enters.sum(dim=1), (0, 1), value=fill)                           # (N + 1,)
+        lengths = torch.cat([lengths, 32 - lengths.sum(dim=0, keepdim=True) % 32])       # (N + 1,)
         tokens = F.pad(true_entries(enters, number), (0, fill), value=self.num_patches)
         inside = torch.arange(max(32, enters.shape[1]), device=x.device) < lengths[:, None]
         slots = true_entries(inside, number + fill)

@@ -7,7 +7,7 @@ patch's error by its P²Dist to the power -γ (Eq. 2), and decoder masking (Sect
 decoder altogether: no token, no attention, no loss. The mask ratio can then rise from 0.75 to 0.85.
 
 Against mae.py: P²Dist is new, the loss is weighted, and the decoder works on a ragged batch. Its linear layers run on
-the tokens of all images packed one after another, its attention image by image (on a GPU padded to 1 + L).
+the tokens of all images packed one after another, its attention image by image (padded on a GPU, or up to 100 tokens).
 
 Chosen where the paper is silent or contradicts itself:
 - Algorithm 1: of the distinct points at the visible patches' centres, edges and corners, the k = 8 nearest to the
@@ -294,7 +294,7 @@ class EfficientMAE(ViT):
         x = x.flatten(0, 1).index_select(0, tokens)
         for block in self.decoder_blocks:
             qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)
-            attended = ragged_attention(*qkv, lengths, inside, slots)       # (heads, T, d)
+            attended = ragged_attention(*qkv, lengths, inside, slots)                    # (heads, T, d)
             x = x + block.attn.proj(attended.transpose(0, 1).flatten(1))
             x = x + block.mlp(block.norm2(x))
 

@@ -1,7 +1,7 @@
 """Do the papers' claims hold? Tried at small scale on CIFAR-10: pre-trains, evaluates, and writes what was found beside
 what the papers say.
 
-    python results/reproduce.py --scale cpu --data DIR                # about two hours on two cores
+    python results/reproduce.py --scale cpu --data DIR                # planned for two hours on two cores
     python results/reproduce.py --scale gpu --data DIR --minutes 9    # again and again, until it says that all is done
     python results/reproduce.py --scale cpu --table                   # only the table, from the files that are there
 

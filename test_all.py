@@ -3761,7 +3761,8 @@ def test_verdicts():
     assert verdict("a beats b", [48.0], [50.0], "linear") == "no, the reverse"
     assert verdict("a beats b", [50.0, 48.0], [48.0, 48.0], "linear") == "too close to tell"
     assert (
-        verdict("a ≈ b", [50.0], [49.0], "linear") == "yes" and verdict("a ≈ b", [50.0], [40.0], "linear") == "better"
+        verdict("a ≈ b", [50.0], [49.0], "linear") == "within 1.4 points"
+        and verdict("a ≈ b", [50.0], [40.0], "linear") == "better"
     )
     assert verdict("a against b", [40.0], [50.0], "linear") == "lower"
     assert (
@@ -3769,6 +3770,9 @@ def test_verdicts():
     )
     assert verdict("less", [8.0], [10.0], "minutes") == "yes" and verdict("less", [9.5], [10.0], "minutes") != "yes"
     assert verdict("a beats b", [], [1.0], "linear") == "not run"
+    assert verdict("a beats b", [50.0], [48.0], "linear", 3.0) == "too close to tell"
+    assert verdict("a beats b", [31.0], [28.0], "linear", 1.4, [30.0]) == "neither has learnt"
+    assert verdict("a beats b", [33.0], [28.0], "linear", 1.4, [30.0]) == "yes"
 
 
 def test_quotations_of_the_tutorial():

@@ -244,38 +244,42 @@ def attention(args):
          "each head, from the least (dark) to the most (bright) of each map.", args.output)
 
 
+def patch_losses(model, imgs, seed):
+    """Of every patch, under the mask of a seed: P²Dist in pixels and squared error, NaN where there is none, and the
+    mask, 1 = removed, each (N, L)."""
+    pred, mask = predict(model, imgs, seed)
+    keep, remove = mask.argsort(dim=1, stable=True).tensor_split([int((mask[0] == 0).sum())], dim=1)
+    near = p2dist_approximate(keep, remove, model.grid_size, model.patch_size)
+    loss = (pred - target_of(model, imgs)).square().mean(dim=2).where(mask.bool(), torch.nan)
+    return torch.full_like(mask, torch.nan).scatter(1, remove, near), loss, mask
+
+
 def difficulty(args):
-    """P²Dist and the loss of each removed patch, and the loss against P²Dist."""
+    """P²Dist and the loss of each removed patch, and the mean loss against P²Dist over 64 images or more."""
     model, normalize = load_pixel_model(args.ckpt), Normalize()
-    raw = load_images(args.images, args.number, model_size(model), args.data_root)
+    raw, many = (load_images(args.images, number, model_size(model), args.data_root)
+                 for number in (args.number, max(64, args.number)))
     imgs = normalize(raw)
-    target, found, rows = target_of(model, imgs), [], []
-    for seed in args.seeds:
-        pred, mask = predict(model, imgs, seed)
-        order = mask.argsort(dim=1, stable=True)
-        keep, remove = order.tensor_split([int((mask[0] == 0).sum())], dim=1)
-        near = p2dist_approximate(keep, remove, model.grid_size, model.patch_size)
-        distance = torch.full_like(mask, torch.nan).scatter(1, remove, near)             # (N, L)
-        loss = (pred - target).square().mean(dim=2).where(mask.bool(), torch.nan)
-        found.append((distance.flatten(), loss.flatten()))
-        if seed == args.seeds[0]:
-            patches = patchify(imgs, model.patch_size)
-            masked = normalize.inverse(unpatchify(patches * (1 - mask[:, :, None]), model.patch_size, model.grid_size))
-            high = torch.nanquantile(loss, 0.98).item()
-            rows = [[raw[i] / 255, masked[i], heat(distance[i], model.grid_size, 0),
-                     heat(loss[i], model.grid_size, 0, high)] for i in range(len(imgs))]
+    distance, loss, mask = patch_losses(model, imgs, args.seeds[0])
+    visible = patchify(imgs, model.patch_size) * (1 - mask[:, :, None])
+    masked = normalize.inverse(unpatchify(visible, model.patch_size, model.grid_size))
+    high = torch.nanquantile(loss, 0.98).item()
+    rows = [[raw[i] / 255, masked[i], heat(distance[i], model.grid_size, 0), heat(loss[i], model.grid_size, 0, high)]
+            for i in range(len(imgs))]
     draw(rows, ["original", "seen", "P2Dist", "loss"],
          f"Removed patches at a mask ratio of {mask.mean():.2f}: their P2Dist (Algorithm 1; dark: 0, bright: the "
          f"image's largest) and squared error (dark: 0, bright: {high:.2f} or more). Grey: visible, or not predicted. "
          + "The loss is that of patches standardised by their own mean and variance." * model.norm_pix, args.output)
+    imgs = normalize(many)
+    found = [[each.flatten() for each in patch_losses(model, imgs, seed)[:2]] for seed in args.seeds]
     distance, loss = (torch.cat(each) for each in zip(*found))
     distance, loss = distance[~loss.isnan()], loss[~loss.isnan()]
     edges = torch.linspace(distance.min(), distance.max() + 1e-3, 9)
     which = torch.bucketize(distance, edges, right=True) - 1
     centres, means = [], []
-    print(f"{'P²Dist, pixels':>16} {'patches':>8} {'mean loss':>10}")
+    print(f"{len(imgs)} images, {len(args.seeds)} masks each\n{'P²Dist, pixels':>16} {'patches':>8} {'mean loss':>10}")
     for i in range(len(edges) - 1):
-        if (which == i).any():
+        if (which == i).sum() >= 10:            # fewer say little
             centres.append(distance[which == i].mean().item())
             means.append(loss[which == i].mean().item())
             print(f"{edges[i]:>7.1f} to {edges[i + 1]:>5.1f} {(which == i).sum().item():>8} {means[-1]:>10.3f}")

@@ -3654,6 +3654,10 @@ def test_training_curves(run_of, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "plot", lambda *arguments: drawn.append(arguments))
     visualize.main(visualize.get_args(words))
     assert [list(epochs) for epochs, _ in drawn[0][1].values()] == [[1, 2], [1, 2]]
+    log = [{"epoch": epoch, "loss": loss} for epoch, loss in enumerate([3.0, 2.0, 1.0])]
+    (tmp_path / "a_log.json").write_text(json.dumps({"command": "mae.py", "log": log}))
+    visualize.main(visualize.get_args(["curves", "--runs", str(tmp_path / "a_log.json")]))
+    assert list(drawn[1][1].values()) == [([1, 2, 3], [3.0, 2.0, 1.0])]
     with pytest.raises(InputError, match="has no 'consistency': it has epoch, loss"):
         visualize.main(visualize.get_args([*words, "--key", "consistency"]))
     monkeypatch.undo()

@@ -44,7 +44,7 @@ def get_args(argv=None):
     parser.add_argument("--data_root", default="data", help="where data sets given by name are")
     parser.add_argument("--number", type=number(int, "[1, inf)"), default=4, help="how many images of a folder or set")
     parser.add_argument("--seeds", type=number(int, "[0, 4294967296)"), nargs="+", default=[0, 1, 2], help="of masks")
-    parser.add_argument("--runs", nargs="+", help="curves: folders with a log.jsonl")
+    parser.add_argument("--runs", nargs="+", help="curves: folders with a log.jsonl, or logs of results/reproduce.py")
     parser.add_argument("--key", default="loss", help="curves: which number of the log")
     parser.add_argument("--output", help="the picture (default: {what}.png)")
     args = parser.parse_args(argv)
@@ -296,7 +296,8 @@ def curves(args):
     for run in args.runs:
         path = Path(run) / "log.jsonl" if os.path.isdir(run) else Path(run)
         try:
-            log = [json.loads(line) for line in path.read_text().splitlines()]
+            text = path.read_text()                 # lines, or one of results/reproduce's files
+            log = json.loads(text)["log"] if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
             epochs, names = [line["epoch"] + 1 for line in log], ", ".join(log[0])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"no log of a run at {path} ({type(error).__name__})") from error

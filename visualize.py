@@ -239,7 +239,7 @@ def attention(args):
     maps = cls_attention(model.eval(), Normalize()(raw))                                 # (N, heads, L)
     rows = [[img / 255, heat(each.mean(dim=0), model.grid_size), *(heat(head, model.grid_size) for head in each)]
             for img, each in zip(raw, maps)]
-    draw(rows, ["image", "mean", *map(str, range(maps.shape[1]))],
+    draw(rows, ["image", "mean", "head 0", *map(str, range(1, maps.shape[1]))],
          f"Attention of the cls token to the patches in the last block: the mean of its {maps.shape[1]} heads, and "
          "each head, from the least (dark) to the most (bright) of each map.", args.output)
 

@@ -3759,6 +3759,21 @@ def test_plan_of_reproduce(scale):
     assert committed.read_text() == reproduce.table(scale, committed.with_suffix(""))
 
 
+def test_results_of_the_readme():
+    """The figures of the first table, and of the sections, are those of the committed results."""
+    found = reproduce.read("cpu", ROOT / "results/reproduce/cpu")
+    show = lambda name: f"{reproduce.show(found[name]['linear'])} / {reproduce.show(found[name]['finetune'])} %"
+    readme = (ROOT / "README.md").read_text()
+    assert f"(random weights: {show('random')})" in readme
+    for name in SCRIPTS:
+        row = next(line for line in readme.splitlines() if line.startswith(f"| [`{name}.py`]"))
+        assert row.split(" | ")[4] == show(name) and readme.count(f"linear probe / fine-tuned: {show(name)}") == 1
+    claims = reproduce.table("cpu", ROOT / "results/reproduce/cpu")
+    section = readme.split("## Do the papers' claims hold?")[1].split("\n## ")[0]
+    for cell in re.findall(r"\| ([\d.]+, [\d.]+) \|", section):
+        assert f"| {cell} |" in claims, cell
+
+
 def test_verdicts():
     verdict = lambda *words: reproduce.verdict(*words)
     assert verdict("a beats b", [50.0], [48.0], "linear") == "yes"

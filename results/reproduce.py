@@ -1,17 +1,18 @@
 """Do the papers' claims hold? Tried at small scale on CIFAR-10: pre-trains, evaluates, and writes what was found beside
 what the papers say.
 
-    python results/reproduce.py --scale cpu --data DIR                # planned for two hours on two cores
+    python results/reproduce.py --scale cpu --data DIR                # two and a half hours on two cores
     python results/reproduce.py --scale gpu --data DIR --minutes 9    # again and again, until it says that all is done
     python results/reproduce.py --scale cpu --table                   # only the table, from the files that are there
 
 DIR holds CIFAR-10 as files, train/CLASS/*.jpg and val/CLASS/*.jpg. The same command goes on where it stopped. What is
 found goes to results/reproduce/SCALE/: each run's log, and the result of each evaluation; the table is made from these
 files alone. Everything is trained and evaluated alike: encoder, decoder, batches, the order of the images, crops
-(MAE's, for Robust MAE too), learning rate and number of epochs. Nothing was tuned for one method and not for another:
-what is a method's own (consistency weight 1, γ 0.6, β 26 pixels at patches of 16, drop edge 0.3, three folds, …) has
-the script's default, the paper's, or the flags in the table. SdAE's teacher at scale cpu averages over as much of the
-run as the paper's, a twelfth at its beginning to a third at its end (momentum 0.96 to 0.99 an epoch, of 300): with the
+(MAE's, for Robust MAE too), learning rate and number of epochs. At scale cpu the batch and the rate of MAE, and those
+of its probe, were chosen among four and three trials on 10,000 images; nothing was tuned for any of the others: what
+is a method's own (consistency weight 1, γ 0.6, β 26 pixels at patches of 16, drop edge 0.3, three folds, …) has the
+script's default, the paper's, or the flags in the table. SdAE's teacher at scale cpu averages over as much of the run
+as the paper's, a twelfth at its beginning to a third at its end (momentum 0.96 to 0.99 an epoch, of 300): with the
 script's default for short runs, half of the untrained teacher would be left at the end of those on few images.
 """
 import argparse

@@ -3691,7 +3691,7 @@ def test_bad_arguments_of_pictures(words, said, pretrained, tmp_path, monkeypatc
 def small_scale(monkeypatch):
     """reproduce.py's scale "cpu" for runs of seconds."""
     words = "--epochs 1 --warmup_epochs 0.5 --batch_size 16 --blr 1"
-    small = dict(reproduce.SCALES["cpu"], batch=16, epochs=8, few_epochs=1, linear=words, finetune=words)
+    small = dict(reproduce.SCALES["cpu"], batch=16, epochs=8, few_epochs=1, sdae_epochs=2, linear=words, finetune=words)
     monkeypatch.setitem(reproduce.SCALES, "cpu", small)
     return small
 

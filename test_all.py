@@ -3767,7 +3767,8 @@ def test_results_of_the_readme():
     assert f"(random weights: {show('random')})" in readme
     for name in SCRIPTS:
         row = next(line for line in readme.splitlines() if line.startswith(f"| [`{name}.py`]"))
-        assert row.split(" | ")[4] == show(name) and readme.count(f"linear probe / fine-tuned: {show(name)}") == 1
+        assert row.split(" | ")[4] == show(name)
+        assert " ".join(readme.split()).count(f"linear probe / fine-tuned: {show(name)}") == 1
     claims = reproduce.table("cpu", ROOT / "results/reproduce/cpu")
     section = readme.split("## Do the papers' claims hold?")[1].split("\n## ")[0]
     rows = re.findall(r"^\|.*\|$", section.replace("how far apart predictions are", "difference, see above"), re.M)

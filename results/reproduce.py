@@ -400,7 +400,9 @@ def table(scale, folder):
              f"{'all labels' if s['labels'] == 'all' else 'the labels of 10,000 images, 1000 a class,'} on the 10,000 "
              "test images, top-1 in %, of the mean of the patch tokens: k-NN (k = 20), a linear probe "
              f"(`{s['linear']}`), fine-tuning (`{s['finetune']}`); random weights, fine-tuned, are training from "
-             "scratch. Minutes are pre-training's, with other runs beside it.", "",
+             "scratch. Minutes are pre-training's, with other runs beside it."
+             + (f" SdAE has `{s['teacher'][0]}`, on 10,000 images `{s['teacher'][1]}`: its teacher averages over as "
+                "much of a run as the paper's." if s["teacher"][0] else ""), "",
              "| all 50,000 images | epochs | minutes | k-NN | linear probe | fine-tuned |", "|---|---|---|---|---|---|"]
     lines += [f"| {row[name]} | " + " | ".join(show(of(name, mode)) for mode in ("knn", "linear", "finetune")) + " |"
               for name in ("random", *(name for name, *_ in MAIN))]

@@ -1,24 +1,14 @@
-"""What the five scripts share: the Vision Transformer, the data loader, and small tools for runs that are left alone.
-Nothing here knows a pre-training method.
+"""What the scripts share: the Vision Transformer and the data. Nothing here knows a pre-training method.
 
 The ViT is the plain one of Dosovitskiy et al. (arXiv:2010.11929) in MAE's variant: fixed sin-cos positions, LayerNorm
 with eps 1e-6, exact GELU, and the state-dict names of the public MAE checkpoints (and of timm).
-The loader hands out uint8 crops; what is random in one depends on (seed, epoch, index) alone, so neither the number of
-workers nor the number of processes changes what is trained on.
+Images become uint8 crops; what is random in one depends on (seed, epoch, index) alone, so neither the number of workers
+nor the number of processes changes what is trained on.
 """
-import argparse
-import contextlib
 import functools
 import hashlib
-import itertools
 import math
 import os
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-import time
 
 import numpy as np
 import torch
@@ -27,16 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:     # Windows
-    fcntl = None
 
 
 class InputError(ValueError):
@@ -44,6 +28,17 @@ class InputError(ValueError):
 
     def __str__(self):
         return super().__str__().splitlines()[-1].split("InputError: ")[-1]   # a worker's arrives inside its traceback
+
+
+def env_number(name, default, least=0):
+    """An integer from the environment, as torchrun sets it. Raises InputError."""
+    text = os.environ.get(name, default)
+    try:
+        if int(text) >= least:
+            return int(text)
+    except ValueError:
+        pass
+    raise InputError(f"the environment has {name}={text}, which must be an integer from {least} on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,8 +58,8 @@ ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")  
 def check_vit(img_size, patch_size, embed_dim, num_heads):
     """Raises InputError where a ViT cannot have these sizes."""
     if patch_size < 1 or any(n % patch_size or n < 1 for n in pair(img_size)):
-        raise InputError(f"an image of {'×'.join(map(str, pair(img_size)))} pixels is not a whole number of patches of "
-                         f"{patch_size}: change --img_size or --patch_size")
+        raise InputError(f"an image size of {'×'.join(map(str, pair(img_size)))} pixels is not a whole number of "
+                         f"patches of {patch_size}")
     if embed_dim % num_heads or embed_dim % 4:
         raise InputError(f"a width of {embed_dim} must be divisible by 4 (positions) and by the {num_heads} heads")
 
@@ -105,29 +100,6 @@ def attention(q, k, v, dropout=0.0, mask=None):
         attn = (attn if mask is None else attn.masked_fill(~mask, -math.inf)).softmax(dim=-1)
         return F.dropout(attn, dropout, training=dropout > 0) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-
-@torch.compiler.disable    # compiled, it would be made anew for every list of lengths
-def attention_by_image(q, k, v, lengths):
-    """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
-    images one after another; `lengths` (N,) says how many each has. For CPUs, whose time is in the arithmetic."""
-    images = zip(*(x.split(lengths.tolist(), dim=1) for x in (q, k, v)))
-    return torch.cat([attention(q, k, v) for q, k, v in images], dim=1)
-
-
-def attention_padded(q, k, v, inside, slots):
-    """The same in few large kernels: images padded to one length. `inside` (N, length) says which tokens are an
-    image's, `slots` (T,) where these are in the flattened `inside`."""
-    q, k, v = (x.new_zeros(len(x), inside.numel(), x.shape[2]).index_copy(1, slots, x).unflatten(1, inside.shape)
-               for x in (q, k, v))                                      # (heads, N, length, d)
-    return attention(q, k, v, mask=inside[:, None]).flatten(1, 2).index_select(1, slots)
-
-
-def ragged_attention(q, k, v, lengths, inside, slots):
-    """By image on a CPU, but padded where images are short and calls cost more than arithmetic, and elsewhere;
-    arguments and result as there."""
-    by_image = q.is_cpu and inside.shape[1] > 100
-    return attention_by_image(q, k, v, lengths) if by_image else attention_padded(q, k, v, inside, slots)
 
 
 class PatchEmbed(nn.Module):
@@ -264,8 +236,8 @@ def load_dataset(data, split, data_root="data"):
     if data in TORCHVISION_DATASETS:
         return NamedDataset(data, split, data_root)
     if not os.path.isdir(data):
-        raise InputError(f"no data at '{data}': point --data at a folder of your images, or name a data set (shapes, "
-                         f"{', '.join(TORCHVISION_DATASETS)}), or try --demo, which needs none")
+        raise InputError(f"no data at '{data}': it is no folder, and no data set's name (shapes, "
+                         f"{', '.join(TORCHVISION_DATASETS)})")
     train, val = os.path.join(data, "train"), os.path.join(data, "val")
     if split == "val":
         if not os.path.isdir(val):
@@ -362,7 +334,7 @@ class NamedDataset(Dataset):
     def __init__(self, name, split, root):
         class_name, keyword, pretrain_splits, train_splits, val_split = TORCHVISION_DATASETS[name]
         splits = {"pretrain": pretrain_splits, "train": train_splits, "val": [val_split]}[split]
-        if dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        if dist.is_initialized() and env_number("LOCAL_RANK", 0) > 0:
             dist.barrier()      # the first process of each machine downloads, the others wait …
         try:
             dataset = getattr(torchvision.datasets, class_name)
@@ -370,7 +342,7 @@ class NamedDataset(Dataset):
         except (OSError, RuntimeError, ImportError) as error:   # ImportError: flowers102 is read with scipy
             raise InputError(f"{name}: not in '{root}', and could not be downloaded: {error!r}") from error
         finally:
-            if dist.is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if dist.is_initialized() and env_number("LOCAL_RANK", 0) == 0:
                 dist.barrier()  # … until it is done
         self.name, self.images = name, ConcatDataset(parts)
         self.classes = None if split == "pretrain" else list(parts[0].classes)
@@ -458,7 +430,10 @@ def draw_shape(pattern, random, size=36):
 # Data: crops, batches, loader
 # ---------------------------------------------------------------------------------------------------------------------
 def train_transform(img_size, scale):
-    """RandomResizedCrop (bicubic, antialiased) of `scale` of the area, and flip; PIL image to uint8 (3, H, W)."""
+    """RandomResizedCrop (bicubic, antialiased) of `scale`, the least and the most, of the area, and flip; PIL image to
+    uint8 (3, H, W). Raises InputError."""
+    if scale[0] > scale[1]:
+        raise InputError(f"crops take from {scale[0]:g} to {scale[1]:g} of the area: the first must not be the larger")
     return functools.partial(crop_and_flip, size=pair(img_size), scale=scale)
 
 
@@ -485,13 +460,16 @@ def seed_from(*numbers):
 
 
 class Crops(Dataset):
-    """Item (epoch, index): image `index` of a source, transformed at random as (seed, epoch, index) alone decides, and
-    its label; then what was skipped, {reason: epoch}. An image that can't be read is replaced by the next that can, its
-    label too. Raises InputError where more than `skip_bad` in a row can't; None: none may be skipped.
+    """Item (epoch, index): image `index` of a source, transformed at random as (seed, epoch, index) alone decides, its
+    label, and what was skipped for it, {reason: epoch}.
+
+    An image that can't be read is replaced by the next one that can, and so is its label. `skipped` is what this process
+    knows of, through `merge`. Raises InputError where more than `skip_bad` images can't be read; None: where one can't.
     """
 
     def __init__(self, source, transform, seed=0, skip_bad=None):
         self.source, self.transform, self.seed, self.skip_bad = source, transform, seed, skip_bad
+        self.skipped = {}
 
     def __len__(self):
         return len(self.source)
@@ -513,14 +491,19 @@ class Crops(Dataset):
     def check(self, skipped):
         """Raises InputError, with the last reason, where more images were skipped than may be, or all."""
         if len(skipped) > min(self.skip_bad or 0, len(self) - 1):
-            advice = "" if self.skip_bad is None else f"; more such files than --skip_bad {self.skip_bad} allows"
+            advice = "" if self.skip_bad is None else f"; more such files than the {self.skip_bad} that may be skipped"
             raise InputError(list(skipped)[-1] + (advice if len(skipped) < len(self) else "; no other is left"))
 
-    def merge(self, skipped, *others):
-        """Enters what other processes have skipped into `skipped`, and checks the whole."""
-        for other in others:
-            skipped.update({**other, **skipped})
-        self.check(skipped)
+    def merge(self, skipped):
+        """Enters what a worker or another process has skipped, and checks the whole."""
+        self.skipped.update({**skipped, **self.skipped})
+        self.check(self.skipped)
+
+    @staticmethod
+    def collate(items):
+        """Items as one batch: imgs (B, 3, H, W), labels (B,), and all that was skipped."""
+        imgs, labels, skipped = zip(*items)
+        return default_collate(imgs), default_collate(labels), {k: v for each in skipped for k, v in each.items()}
 
 
 class GlobalBatches:
@@ -529,7 +512,7 @@ class GlobalBatches:
 
     A global batch of `batch_size` images belongs to one step; it is cut into `accum_iter` parts, and each part among
     the processes, so that what a step trains on doesn't depend on their number. `start_step` is where a run goes on.
-    Raises InputError where the images don't fill one batch.
+    Raises InputError where the images don't fill one batch, or a batch cannot be shared equally.
     """
 
     def __init__(self, num_images, batch_size, epochs, accum_iter=1, rank=0, world_size=1, seed=0, start_step=0):
@@ -538,7 +521,10 @@ class GlobalBatches:
         self.steps_per_epoch = num_images // batch_size
         self.steps = range(start_step, epochs * self.steps_per_epoch)
         if not self.steps_per_epoch:
-            raise InputError(f"{num_images} images are fewer than one batch: give --batch_size {num_images} or less")
+            raise InputError(f"{num_images} images are fewer than one batch of {batch_size}")
+        if batch_size % (world_size * accum_iter):
+            raise InputError(f"a batch of {batch_size} images cannot be shared equally by {world_size} process(es) × "
+                             f"{accum_iter} accumulated")
 
     def __len__(self):
         return len(self.steps) * self.accum_iter
@@ -562,324 +548,17 @@ def eval_batches(num_images, batch_size, rank=0, world_size=1):
     return [[(0, index) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def make_loader(crops, batches, num_workers, device, skipped=None):
-    """Iterates once over (imgs uint8 (B, 3, H, W), labels (B,)), for `batches` of (epoch, index).
-
-    What of `crops` can't be read is entered into `skipped`, {reason: epoch of the first time}, when its batch comes up,
-    so that it doesn't depend on how far workers are ahead. Raises InputError where there is more than may be skipped.
-    `num_workers` None: this process's share of the cores.
-    """
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    skipped = {} if skipped is None else skipped
-    context = "fork" if num_workers and sys.platform == "linux" else None   # a fork server would not outlive a signal
-    loader = iter(DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-                             pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone,
-                             multiprocessing_context=context))
-    if num_workers and hasattr(signal, "SIGCHLD"):      # else torch raises a worker's death in the midst of anything;
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # next() asks for it as well, every 5 s that it waits
-    while True:
-        try:
-            imgs, labels, news = next(loader)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise OSError(f"a loader process died; if memory was short, lower --num_workers ({error})") from error
-        for reason in news.keys() - skipped.keys():
-            tqdm.write(f"skipped: {reason}", file=sys.stderr)
-        crops.merge(skipped, news)
-        yield imgs, labels
+@functools.cache
+def per_channel(numbers, device):
+    """One number a channel as a tensor (C, 1, 1) on a device; kept, since a GPU would be waited for at each copy."""
+    return torch.tensor(numbers, device=device)[:, None, None]
 
 
-def collate(items):
-    """Items of Crops as one batch: imgs, labels, and all that was skipped."""
-    return *default_collate([item[:2] for item in items]), {k: v for item in items for k, v in item[2].items()}
+def normalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """uint8 images (N, C, H, W) to floats: each channel, in [0, 1], less its mean and over its standard deviation."""
+    return (imgs.float() / 255 - per_channel(mean, imgs.device)) / per_channel(std, imgs.device)
 
 
-def leave_signals_alone(worker):
-    """In a loader's worker: signals, which are often sent to all processes of a job, are left to the main process,
-    which needs its workers until it has saved. Its own SIGTERM ends them."""
-    while held:
-        os.close(held.popitem()[1])         # the output folder stays the main process's alone
-    for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):      # else (macOS) a SIGTERM to all processes ends workers
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=exit_with, args=[os.getppid()], daemon=True).start()
-
-
-def exit_with(parent):
-    """Waits for a SIGTERM from the process `parent`, and exits."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-class Normalize(nn.Module):
-    """uint8 images, on their device, to floats with zero mean and unit variance by ImageNet's statistics; and back."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
-
-    def forward(self, imgs):
-        return (imgs.float() / 255 - self.mean) / self.std
-
-    def inverse(self, imgs):
-        """Normalised images back to [0, 1]."""
-        return imgs * self.std + self.mean
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs that are left alone: arguments, files, signals, processes
-# ---------------------------------------------------------------------------------------------------------------------
-def number(kind, interval):
-    """An argparse type: an int or a float (`kind`) in an interval such as "[1, inf)" or "(0, 1]"."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def parse(text):
-        value = kind(text)
-        if low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]":
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
-    parse.__name__ = kind.__name__      # for argparse's "invalid int value"
-    return parse
-
-
-held = {}       # the output folders that this process has taken: their descriptors
-
-
-def check_output(output, size, args):
-    """Makes the folder and takes it, until this process ends. Raises InputError where nothing can be written to it,
-    where checkpoints of `size` bytes have no room, a new one beside the last, and where another run has the folder: two
-    would spoil each other's checkpoints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        raise InputError("WORLD_SIZE is set, but no process group is there: start several processes with torchrun")
-    init_from = getattr(args, "init_from", None)
-    if not args.output_dir or init_from == "":
-        raise InputError("--output_dir and --init_from must not be empty")
-    if init_from and os.path.realpath(os.path.dirname(init_from) or ".") == os.path.realpath(output):
-        raise InputError("--init_from starts a new run: give another --output_dir than the one that it lies in")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise InputError(f"cannot write into --output_dir {output}: {error.strerror}") from error
-    if fcntl and output.resolve() not in held and not take(output):
-        raise InputError(f"another run is writing into --output_dir {output}: stop it, or give another folder")
-    for name in ("last.pt.tmp", "encoder.pt.tmp"):      # of a run that was killed while saving
-        (output / name).unlink(missing_ok=True)
-    free, room = shutil.disk_usage(output).free / 1e9, size / 1e9
-    room *= 1 if (output / "last.pt").exists() and not args.no_resume else 2
-    if free < room:
-        raise InputError(f"--output_dir {output} has {free:.3g} GB free, and this run needs {room:.3g} for checkpoints")
-
-
-def take(folder, seconds=15):
-    """Locks a folder for this process; False where another has it and keeps it for so many seconds: one that was told
-    to stop may still be saving."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    until = time.time() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.time() > until:
-                os.close(descriptor)
-                return False
-            time.sleep(0.1)
-            continue
-        except OSError:     # a disk that knows no locks
-            pass
-        held[folder.resolve()] = descriptor
-        return True
-
-
-def save(obj, path):
-    """Saves beside `path`, down to the disk, and moves it there: a write that fails or is cut off costs nothing.
-    Raises OSError."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-        if fcntl:                               # not on Windows: the folder's entry too
-            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:    # RuntimeError: torch's word for a full disk
-        try:
-            os.unlink(f"{path}.tmp")
-        except OSError:
-            pass
-        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).splitlines()[0]}"
-        older = "; the one before is still whole" if os.path.exists(path) else ""
-        raise OSError(f"{path} could not be written ({reason}){older}") from error
-
-
-def append(line, path):
-    """Adds a line to a text file, down to the disk."""
-    with open(path, "a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load(path, *needed):
-    """Reads a checkpoint, a dict with at least the keys `needed`: tensors, plain containers and argparse.Namespace;
-    what would run code is refused. Raises InputError."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint at '{path}'") from None
-    except Exception as error:      # what torch.load raises depends on what the file is instead
-        raise InputError(f"'{path}' is no checkpoint, is cut short, or holds more than tensors and plain containers "
-                         f"({type(error).__name__}); it was not loaded") from error
-    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise InputError(f"'{path}' is no checkpoint to go on from: it has no {', '.join(missing)}")
-    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and (torch.is_tensor(value) or not name.startswith(ENCODER_PARTS))
-            for name, value in weights.items()):
-        raise InputError(f"'{path}': its model is no dict of tensors by name")
-    if not all(value.isfinite().all() for value in weights.values() if torch.is_tensor(value)):
-        raise InputError(f"'{path}' holds weights that are not finite: it is of a run that diverged")
-    return checkpoint
-
-
-def load_weights(path, model):
-    """Starts a model from a checkpoint's weights: all that have its names, at least a whole encoder. The positions are
-    fixed and the model's own, so the image size may differ. Raises InputError where the encoder isn't whole or a shape
-    differs."""
-    checkpoint = load(path)
-    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    own = {name: value for name, value in model.state_dict().items() if "pos_embed" not in name}
-    for name, value in own.items():
-        if name.startswith(ENCODER_PARTS) and name not in weights:
-            raise InputError(f"'{path}' lacks the encoder's {name}")
-        if name in weights and weights[name].shape != value.shape:
-            raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, here {tuple(value.shape)}; an "
-                             f"encoder.pt has the encoder alone")
-    taken = {name: weights[name] for name in own if name in weights}
-    model.load_state_dict(taken, strict=False)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"weights from {path}: {len(taken)} tensors; {len(own) - len(taken)} that it lacks start anew, "
-              f"{len(weights) - len(taken)} that it has are not needed (fixed positions, say)")
-
-
-def restore(path, checkpoint, **parts):
-    """Loads each part's state, and takes it out of the checkpoint: not to be held twice. Raises InputError."""
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(checkpoint.pop(name))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:      # what is raised depends on what is wrong
-            raise InputError(f"'{path}': its {name} does not fit ({type(error).__name__}); give another --output_dir, "
-                             f"or --no_resume to start over") from error
-
-
-def gather(obj):
-    """The list of all processes' `obj`, on every process."""
-    objs = [obj] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(objs, obj)
-    return objs
-
-
-def tidy_output(output, step, steps_per_epoch):
-    """Prepares an output folder for a run that goes on at `step`: the log keeps its whole lines of the epochs before.
-    For a new run, at step 0, what an old one left is kept under names of its own: last.1.pt, log.1.jsonl and so on."""
-    log = output / "log.jsonl"
-    if step == 0:
-        old = [path for path in (log, *(output / name for name in ("encoder.pt", "result.json", "last.pt")))
-               if path.exists() and path.stat().st_size]
-        kept = lambda path, number: path.with_suffix(f".{number}{path.suffix}")
-        number = next(i for i in itertools.count(1) if not any(kept(path, i).exists() for path in old))
-        for path in old:
-            os.replace(path, kept(path, number))
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        (output / "log.tmp").write_text("".join(lines[:step // steps_per_epoch]))
-        os.replace(output / "log.tmp", log)
-
-
-class SaveRequests:
-    """Says after each step whether to save: on SIGTERM and SIGUSR1 (preemption), SIGINT (Ctrl-C) and SIGHUP (a terminal
-    that closes; not under nohup), and every `minutes`.
-
-    All processes get the same answer, what one of them wished for a step earlier: it travels, between CPUs, while the
-    next step computes, and nobody waits. A second Ctrl-C ends the process at once, but not under torchrun, which may
-    send one twice.
-    """
-
-    def __init__(self, rank, minutes):
-        self.rank, self.seconds, self.caught = rank, 60 * minutes, []
-        self.due = time.time() + self.seconds
-        self.answer, self.travelling = torch.tensor(0), None
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)        # Windows has the first two
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.caught.append(128 + number)
-        if self.rank == 0:
-            with contextlib.suppress(OSError):      # no terminal any more; not print(), which it may have interrupted
-                os.write(2, f"\n{signal.Signals(number).name}: to be saved after this step\n".encode())
-        if number == signal.SIGINT and "RANK" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
-
-    def poll(self):
-        """0: go on; 1: save; more: save and exit with this code. For all processes to call after every step."""
-        wish = max(self.caught, default=0)
-        if self.rank == 0 and time.time() > self.due:
-            wish, self.due = max(wish, 1), time.time() + self.seconds
-        if not dist.is_initialized():
-            return wish
-        if self.travelling:
-            self.travelling.wait()
-        agreed, self.answer = self.answer.item(), torch.tensor(wish)
-        self.travelling = dist.all_reduce(self.answer, dist.ReduceOp.MAX, async_op=True)
-        return agreed
-
-
-def check_finite(window, model, scaler, dtype, clip_grad):
-    """Raises FloatingPointError where a loss, a gradient norm or a weight is not finite.
-
-    `window` holds (step, learning rate, statistics) of the last steps, of which the first is the loss and the last the
-    gradient norm; reading them is the one wait for the device. In float16 gradients may overflow: the scaler then skips
-    the step and halves its scale, but below 1 something else is wrong.
-    """
-    steps, rates, rows = zip(*window)
-    rows = torch.stack(rows).tolist()
-    weights = nn.utils.get_total_norm([x for x in model.state_dict().values() if x.is_floating_point()]).item()
-    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
-    for step, lr, (loss, *_, norm) in zip(steps, rates, rows):
-        fine = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
-        if not fine or step == steps[-1] and not math.isfinite(weights):
-            advice = {torch.float16: "--amp bf16 or --amp none", torch.bfloat16: "--amp none or "}.get(dtype, "")
-            if dtype != torch.float16:
-                advice += f"--clip_grad {clip_grad / 10 if clip_grad else 1:g}, or start over with a smaller --blr"
-            raise FloatingPointError(
-                f"not finite in step {step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g} (norm of "
-                f"the weights by now: {weights:g}). The last checkpoint, if any, is from before. Go on with {advice}")
-
-
-def amp_dtype(choice, device):
-    """The autocast type for `--amp`, None for none. "auto" asks for bf16 in hardware, not emulated; on MPS: none."""
-    if choice == "auto" and device.type == "cuda":
-        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif choice == "auto":
-        old = not hasattr(torch.cpu, "get_capabilities")                # before torch 2.11
-        has = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()} if old else torch.cpu.get_capabilities()
-        in_hardware = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))    # bf16: ARM's
-        choice = "bf16" if device.type == "cpu" and in_hardware else "none"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
+def denormalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Normalised images (N, C, H, W) back to [0, 1]."""
+    return imgs * per_channel(std, imgs.device) + per_channel(mean, imgs.device)

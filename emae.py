@@ -28,25 +28,16 @@ ViT-B, 300 epochs).
 """
 import argparse
 import itertools  # EMAE: pairs of parts
-import json
 import math
-import os
-import sys
-import time
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import save_image
-from tqdm import tqdm
 
-from common import (VIT_SIZES, Block, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, append,
-                    check_finite, check_output, check_vit, gather, init_linear, inventory, load, load_dataset,
-                    load_weights, make_loader, number, pair, restore, save, seed_from, sincos_pos_embed, tidy_output,
-                    train_transform)
+from common import (VIT_SIZES, Block, Crops, InputError, ViT, check_vit, denormalize, init_linear, load_dataset,
+                    normalize, sincos_pos_embed, train_transform)
+from runs import Run, launch, number, parse_args
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
@@ -57,27 +48,20 @@ DEMO.update(epochs=10, warmup_epochs=1, consistency_weight=0.1)  # EMAE: see "Me
 # Arguments: the defaults are the paper's recipe
 # ---------------------------------------------------------------------------------------------------------------------
 def get_args(argv=None):
-    """Parses and checks the command line. Raises InputError, or exits with code 2, with one line on what is wrong."""
+    """Parses the command line. Raises InputError."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
-    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
-    data.add_argument("--img_size", type=number(int, "[1, inf)"), nargs="+", default=[224], help="pixels: one or two")
-    data.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.2, 1.0], help="crops' area")
-    data.add_argument("--num_workers", type=number(int, "[0, inf)"), help="loaders a process (default: its cores)")
-    data.add_argument("--skip_bad", type=number(int, "[0, inf)"), default=0, help="replace up to so many broken files")
-
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
-    model.add_argument("--patch_size", type=number(int, "[1, inf)"), help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=number(int, "[4, inf)"), default=512, help="width (MAE's Table 1b)")
-    model.add_argument("--decoder_depth", type=number(int, "[1, inf)"), default=8, help="blocks (MAE's Table 1a)")
-    model.add_argument("--decoder_num_heads", type=number(int, "[1, inf)"), default=16)
-    model.add_argument("--parts", type=number(int, "[2, inf)"), default=4, help="K: each sees 1/K (Eq. 4)")  # EMAE
-    model.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="standardise each patch")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels: one or two")
+    model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="pixels (default: 16, vit_huge 14)")
+    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="width (MAE's Table 1b)")
+    model.add_argument("--decoder_depth", type=number(int, "[1, 1000]"), default=8, help="blocks (MAE's Table 1a)")
+    model.add_argument("--decoder_num_heads", type=number(int, "[1, 65536]"), default=16)
+    model.add_argument("--init_from", help="a checkpoint: a new run starts from its weights")
 
     optim = parser.add_argument_group("optimisation (MAE's Table 8)")
+    optim.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.2, 1.0], help="crops' area")
     optim.add_argument("--epochs", type=number(int, "[1, inf)"), default=800)
     optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"), default=40)
     optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=4096, help="images a step, all processes")
@@ -86,46 +70,23 @@ def get_args(argv=None):
     optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=0.05)
     optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default=f"runs/{Path(__file__).stem}", help="for checkpoints, log and picture")
-    run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
-    run.add_argument("--init_from", help="a checkpoint: a new run starts from its weights")
-    run.add_argument("--save_minutes", type=number(float, "(0, inf]"), default=30, help="save as often, and each epoch")
-    run.add_argument("--seed", type=number(int, "[0, 4294967296)"), default=0)
-    run.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that there is")
-    run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
-                     help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--demo", action="store_true", help="small everything, on images drawn by the loader")
-
-    method = parser.add_argument_group("EMAE")  # EMAE
-    method.add_argument("--consistency_weight", type=number(float, "[0, inf)"), default=1.0,  # EMAE
-                        help="of Eq. 11 in Eq. 12; 0: whole data utilisation alone (Table 5)")  # EMAE
-    parser.set_defaults(epochs=300)  # EMAE: Table 1
-
-    parser.set_defaults(**DEMO if "--demo" in (sys.argv[1:] if argv is None else argv) else {})
-    args = parser.parse_args(argv)
-
-    size = VIT_SIZES[args.model]
-    args.patch_size = args.patch_size or size["patch_size"]
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    num_patches = math.prod(n // args.patch_size for n in pair(args.img_size))
-    check_vit(args.img_size, args.patch_size, size["embed_dim"], size["num_heads"])
-    check_vit(args.img_size, args.patch_size, args.decoder_embed_dim, args.decoder_num_heads)
-    shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
-    for right, advice in (
-        (args.batch_size % (world_size * args.accum_iter) == 0,
-         f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (num_patches % args.parts == 0, f"--parts {args.parts} must divide the {num_patches} patches"),  # EMAE: Eq. 4
-        (args.consistency_weight == 0 or args.parts > 2,  # EMAE: Eq. 9
-         "--consistency_weight must be 0 with --parts 2: no patch is removed in both"),  # EMAE: Eq. 9
-        (args.warmup_epochs < args.epochs,
-         f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"),
-        (args.crop_scale[0] <= args.crop_scale[1], "--crop_scale takes two shares, the least and the most"),
-    ):
-        if not right:
-            raise InputError(advice)
+    method_args(parser)
+    args = parse_args(parser, argv, demo=DEMO)
+    args.patch_size = args.patch_size or VIT_SIZES[args.model]["patch_size"]
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}")
     return args
+
+
+def method_args(parser):  # EMAE
+    """EMAE's own, and its recipe."""
+    method = parser.add_argument_group("EMAE")
+    method.add_argument("--parts", type=number(int, "[2, inf)"), default=4, help="K: each part sees 1/K (Eq. 4)")
+    method.add_argument("--consistency_weight", type=number(float, "[0, inf)"), default=1.0,
+                        help="of Eq. 11 in Eq. 12; 0: whole data utilisation alone (Table 5)")
+    method.add_argument("--norm_pix", action=argparse.BooleanOptionalAction, default=True,
+                        help="standardise each patch of the target")
+    parser.set_defaults(epochs=300)                                                             # Table 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +105,13 @@ def unpatchify(patches, patch_size, grid_size):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid_size[0] * patch_size, grid_size[1] * patch_size)
 
 
-def random_masking(noise, parts):
+def mean_and_std(patches):
+    """Each patch's own mean and standard deviation, over its last dimension; the variance is the unbiased one + 1e-6, as
+    the released weights were trained with."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+
+
+def random_masking(noise, parts):  # EMAE
     """Sorts the patches of each image by their noise (N, L) and cuts them into K parts, each visible once.
 
     Returns ids_keep (N·K, L/K) and ids_remove (N·K, L - L/K), an image's K parts after one another. A part's removed
@@ -159,11 +126,11 @@ def random_masking(noise, parts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
-class EMAE(ViT):
+class EMAE(ViT):  # EMAE
     """Masked autoencoder on K complementary masks at once. Raises InputError for sizes that don't fit."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
-                 decoder_depth=8, decoder_num_heads=16, norm_pix=True, parts=4, consistency_weight=1.0):
+                 decoder_depth=8, decoder_num_heads=16, norm_pix=True, parts=4, consistency_weight=1.0):  # EMAE
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
         if self.num_patches % parts or parts < (3 if consistency_weight else 2):
@@ -186,7 +153,7 @@ class EMAE(ViT):
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
 
-    def forward_encoder(self, patches, ids_keep):
+    def forward_encoder(self, patches, ids_keep):  # EMAE
         """Each part's patches to tokens: patches (N, L, P·P·3), ids_keep (N·K, L/K) -> (N·K, 1 + L/K, D)."""
         ids = ids_keep.reshape(len(patches), -1)                                         # (N, L): every patch once
         x = self.patch_embed(patches.take_along_dim(ids[:, :, None], dim=1))
@@ -198,26 +165,27 @@ class EMAE(ViT):
         return self.norm(x)
 
     def forward_decoder(self, latent, ids_keep, ids_remove, predict_all=False):
-        """Tokens (N, 1 + keep, D) to predictions of the removed patches, (N, L - keep, P·P·3), in ids_remove's order;
-        with `predict_all` of the visible ones too, before them: (N, L, P·P·3)."""
+        """Tokens (N, 1 + keep, D) to predictions of the removed patches, (N, L - keep, ·), in ids_remove's order; with
+        `predict_all` of the visible ones too, before them: (N, L, ·)."""
         x = self.decoder_embed(latent)
-        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.num_patches - x.shape[1], -1)], dim=1)
-        ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
-        x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
+        mask_tokens = self.mask_token.expand(len(x), ids_remove.shape[1], -1)
+        ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)   # row 0 is cls's
+        x = torch.cat([x, mask_tokens], dim=1) + self.decoder_pos_embed[0, ids]          # (N, 1 + L, D_decoder)
         for block in self.decoder_blocks:
             x = block(x)
         x = x[:, 1:] if predict_all else x[:, 1 + ids_keep.shape[1]:]
         return self.decoder_pred(self.decoder_norm(x))
 
-    def forward_loss(self, patches, pred, ids_remove):
+    def forward_loss(self, patches, pred, ids_remove):  # EMAE
         """Eq. 8: MAE's loss, the mean over the parts; patches (N, L, P·P·3), pred (N·K, L - L/K, P·P·3)."""
         target = patches                                                # standardised once for all parts
         if self.norm_pix:
-            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+            mean, std = mean_and_std(target)
+            target = (target - mean) / std
         target = target.take_along_dim(ids_remove.reshape(len(patches), -1, 1), dim=1)
         return F.mse_loss(pred.float(), target.reshape(pred.shape))
 
-    def forward_consistency(self, pred):
+    def forward_consistency(self, pred):  # EMAE
         """Eq. 9-11: how far two parts' predictions of one patch are apart; pred (N·K, L - L/K, P·P·3).
 
         The stop-gradients (sg) double the value and leave the gradient that of |p_i - p_j|: each term moves one side.
@@ -233,8 +201,8 @@ class EMAE(ViT):
             losses.append(((p_i.detach() - p_j).abs() + (p_i - p_j.detach()).abs()).mean())      # Eq. 10
         return torch.stack(losses).mean()                                                # Eq. 11
 
-    def forward(self, imgs, noise=None):
-        """Images (N, 3, H, W), and noise (N, L) that fixes the masks, to the loss and a dict of detached scalars."""
+    def forward(self, imgs, noise=None):  # EMAE
+        """Images (N, 3, H, W), and noise (N, L) that fixes the masks, to the loss and a dict of what else to log."""
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
         ids_keep, ids_remove = random_masking(noise, self.parts)
         patches = patchify(imgs, self.patch_size)                                        # (N, L, P·P·3)
@@ -242,13 +210,13 @@ class EMAE(ViT):
         pred = self.forward_decoder(latent, ids_keep, ids_remove)
         whole = self.forward_loss(patches, pred, ids_remove)
         if self.consistency_weight == 0:
-            return whole, {"loss": whole.detach()}
+            return whole, {}
         consistency = self.forward_consistency(pred)
         loss = whole + self.consistency_weight * consistency                             # Eq. 12
-        return loss, {"loss": loss.detach(), "whole": whole.detach(), "consistency": consistency.detach()}
+        return loss, {"whole": whole, "consistency": consistency}
 
     @torch.no_grad()
-    def reconstruct(self, imgs, noise=None):
+    def reconstruct(self, imgs, noise=None):  # EMAE
         """Every part's prediction of every patch (N, K, L, P·P·3), and its mask (N, K, L): 0 = visible, 1 = removed."""
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device) if noise is None else noise
         ids_keep, ids_remove = random_masking(noise, self.parts)
@@ -259,7 +227,7 @@ class EMAE(ViT):
         pred = pred.take_along_dim(ids_restore[:, :, None], dim=1)
         return pred.unflatten(0, (-1, self.parts)), mask.unflatten(0, (-1, self.parts))
 
-    def picture(self, imgs, normalize):
+    def picture(self, imgs):  # EMAE
         """Rows of a picture, (N, 3, H, W) in [0, 1]: original; then, for each of the first four parts, masked, and the
         removed patches' prediction pasted in (Figure 3).
 
@@ -268,24 +236,25 @@ class EMAE(ViT):
         pred, mask = self.reconstruct(imgs)
         patches, mask = patchify(imgs, self.patch_size)[:, None], mask[..., None]
         if self.norm_pix:
-            pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + patches.mean(dim=-1, keepdim=True)
+            mean, std = mean_and_std(patches)
+            pred = pred * std + mean
         masked, pasted = patches * (1 - mask), patches * (1 - mask) + pred * mask        # (N, K, L, P·P·3)
         rows = [patches[:, 0]]
         for part in range(min(4, self.parts)):
             rows += [masked[:, part], pasted[:, part]]
-        return [normalize.inverse(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
+        return [denormalize(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
 
 
-def build_model(args):
+def build_model(args):  # EMAE
     """The model that the command line describes."""
-    return EMAE(**{**VIT_SIZES[args.model], "img_size": args.img_size, "patch_size": args.patch_size},
-                decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
+    return EMAE(**size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                 decoder_num_heads=args.decoder_num_heads, norm_pix=args.norm_pix,
                 parts=args.parts, consistency_weight=args.consistency_weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimisation, processes, files
+# Optimisation
 # ---------------------------------------------------------------------------------------------------------------------
 def learning_rate(epoch, args):
     """Rate at a (fractional) epoch: linear warm-up from 0 to blr · batch_size / 256, then half a cosine to 0."""
@@ -302,186 +271,55 @@ def param_groups(model, weight_decay):
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-def init_distributed(args):
-    """Joins torchrun's processes, if any. Returns this process's rank, their number, and its device. Raises InputError
-    where there is no device for it."""
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": math.inf}
-    kind = args.device or next(kind for kind, number in there.items() if number)
-    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if local_rank >= there[kind]:
-        raise InputError(f"no {kind} device for process {local_rank} of this machine: it has {there[kind]}")
-    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size, device
-
-
-def load_checkpoint(path, args, model, optimizer, scaler):
-    """Restores the state saved at `path`, and returns the checkpoint; where there is none, that of a run at step 0.
-    Raises InputError where the checkpoint is another recipe's, or is not seen by every process."""
-    found = not args.no_resume and path.exists()
-    if len(set(gather((found, args.images)))) > 1:
-        raise InputError(f"{path} or --data is not the same for all processes: they must be on a disk that all share")
-    if not found:
-        return {"step": 0, "totals": [[0.0]], "seconds": 0.0, "skipped": {}}
-    checkpoint = load(path, "model", "optimizer", "scaler", "step", "totals", "seconds", "skipped", "args")
-    elsewhere = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "no_resume", "save_minutes",
-                 "device", "compile", "demo"}
-    there, here = checkpoint["args"], vars(args)                       # another method's has other arguments
-    changed = {name: f"{name} {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
-               for name in {**here, **there} if name not in elsewhere and there.get(name) != here.get(name)}
-    if changed.keys() - {"amp", "clip_grad", "images"}:                 # may differ, and it is said
-        raise InputError(f"{path} is of another run ({'; '.join(changed.values())}): to go on make it as there, else "
-                         f"give another --output_dir for a new run, or --no_resume to start over")
-    if changed and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: going on with {'; '.join(changed.values())}")
-    restore(path, checkpoint, model=model, optimizer=optimizer)
-    if checkpoint["scaler"] and scaler.is_enabled():
-        restore(path, checkpoint, scaler=scaler)
-    return checkpoint
-
-
-def save_picture(rows, path):
-    """One PNG: a row of the grid for each of `rows`, images (N, 3, H, W) in [0, 1]."""
-    imgs = torch.cat([row.float().clamp(0, 1).cpu() for row in rows])
-    save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 def main(args):
     """Pre-trains from the start, or from where OUTPUT/last.pt was saved, to the end."""
-    rank, world_size, device = init_distributed(args)
-    output = Path(args.output_dir)
-
-    # Data
+    torch.manual_seed(args.seed)                    # every process starts from the same weights
+    model = build_model(args)                       # before Run: sizes that don't fit leave no folder behind
+    run = Run(args, __file__)
+    device, dtype = run.device, run.dtype
     source = load_dataset(args.data, "pretrain", args.data_root)
-    plan = dict(num_images=len(source), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
-                rank=rank, world_size=world_size, seed=args.seed)
-    args.images, args.steps_per_epoch = inventory(source), GlobalBatches(**plan).steps_per_epoch    # part of the recipe
-    steps_per_epoch = args.steps_per_epoch
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
-    normalize = Normalize().to(device)
 
-    # Model and optimiser: every process starts from the same weights
-    torch.manual_seed(args.seed)
-    model = build_model(args).to(device)
+    model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
-    dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if rank == 0:       # params twice: AdamW's two moments
-        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)), args)
-    checkpoint = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
-    start, skipped = checkpoint["step"], checkpoint["skipped"]
-    if start == 0 and args.init_from:
-        load_weights(args.init_from, model)
+    run.resume(crops, model, optimizer, scaler, init_from=args.init_from)
+    run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()
     # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
-    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if world_size > 1 else model
-    batches = make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device, skipped)
+    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
-    if rank == 0:
-        tidy_output(output, start, steps_per_epoch)
-        millions = sum(p.numel() for p in params) / 1e6
-        print(f"{args.model}/{args.patch_size} with decoder, {millions:.1f} M trained parameters, {len(source)} images"
-              f", {device.type}, amp {str(dtype).removeprefix('torch.')}\n"
-              f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
-              f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
-              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}\n"
-              f"epochs {start // steps_per_epoch} to {args.epochs} of {steps_per_epoch} steps each, into {output}",
-              flush=True)
+    for epoch in run.epochs():
+        model.train()
+        for step in run.steps():
+            lr = learning_rate(step / run.steps_per_epoch, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
-               unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
-    totals = torch.tensor(checkpoint["totals"], device=device)          # of an epoch begun: (processes, statistics)
-    totals = totals[rank] if len(totals) == world_size else totals.mean(dim=0)
-    requests, request, window = SaveRequests(rank, args.save_minutes), 0, []
-    epoch_start = time.time() - checkpoint["seconds"]
-    model.train()
-    for step in range(start, args.epochs * steps_per_epoch):
-        lr = learning_rate(step / steps_per_epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            for part, (imgs, _) in enumerate(run.parts()):                  # also seeds masks and dropout
+                net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss, stats = net(normalize(imgs))
+                scaler.scale(loss / args.accum_iter).backward()
+                run.add(loss, **stats)
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in params])
+            if args.clip_grad:
+                nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
-        row = 0.0
-        for part in range(args.accum_iter):
-            imgs = normalize(next(batches)[0].to(device, non_blocking=True))
-            # Masks and dropout: the step and the part of its batch decide, so there is no random state to save
-            torch.manual_seed(seed_from(args.seed, step, part * world_size + rank))
-            net.require_backward_grad_sync = part == args.accum_iter - 1
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss, stats = net(imgs)
-            scaler.scale(loss / args.accum_iter).backward()
-            row = row + torch.stack([*stats.values()]) / args.accum_iter
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in params])
-        if args.clip_grad:
-            nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        row = torch.cat([row, norm[None]])                              # stays on the device: no wait for it here
-        totals = totals + row.nan_to_num(0.0, 0.0, 0.0)                 # float16: a step that overflows is skipped
-        window.append((step, lr, row))
-        epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
-        ended, request = done == steps_per_epoch, requests.poll()
-        bar.update(args.batch_size)
-        if ended or request or done % 20 == 0:
-            check_finite(window, model, scaler, dtype, args.clip_grad)
-            bar.set_postfix(epoch=epoch, loss=f"{totals[0].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
-            window = []
-        if not (ended or request):
-            continue
-
-        # The end of an epoch, a signal, or time to save: log, picture, checkpoint
-        seconds = time.time() - epoch_start
-        sums, theirs = zip(*gather((totals.tolist(), skipped)))
-        crops.merge(skipped, *theirs)
-        if ended and rank == 0:
-            means = [sum(column) / world_size / steps_per_epoch for column in zip(*sums)]
-            line = {"epoch": epoch, **dict(zip([*stats, "grad_norm"], means)), "lr": lr, "seconds": seconds,
-                    "images_per_s": steps_per_epoch * args.batch_size / seconds}
-            if args.skip_bad:
-                new = sorted(reason for reason, first in skipped.items() if first == epoch)
-                line.update(skipped=len(skipped), newly_skipped=new)
-            append(json.dumps(line), output / "log.jsonl")
-            model.eval()
-            save_picture(model.picture(imgs[:8], normalize), output / "reconstruction.png")
-            model.train()
-        if ended:
-            sums, seconds, totals, epoch_start = [[0.0]], 0.0, 0.0, time.time()
-        if rank == 0:
-            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                  "step": step + 1, "totals": sums, "seconds": seconds, "skipped": skipped, "args": vars(args)},
-                 output / "last.pt")
-        if request > 1:
-            break
-
-    bar.close()
-    batches.close()
-    if rank == 0 and request > 1:
-        print(f"stopped: saved after step {step + 1}; the same command, without --no_resume, goes on from there")
-    elif rank == 0:
-        save({"model": model.encoder_state_dict(), "args": vars(args)}, output / "encoder.pt")
-        print(f"Done. Next: python finetune.py --ckpt {output}/encoder.pt --data {args.data}{' --demo' * args.demo}")
-    del net     # else the process group is freed with it, under Python's lock, where gloo's threads can wait for ever
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if request > 1:
-        sys.exit(request)
+        model.eval()
+        run.end_epoch(picture=model.picture(normalize(run.examples())))
+    run.finish(encoder=model.encoder_state_dict())
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except (InputError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        tqdm.write(f"{Path(__file__).name}: error: {str(error) or 'interrupted'}", file=sys.stderr)     # clears the bar
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    launch(main, get_args)

@@ -23,10 +23,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +33,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from common import (VIT_SIZES, Crops, GlobalBatches, InputError, Normalize, SaveRequests, ViT, amp_dtype, append,
-                    check_finite, check_output, check_vit, eval_batches, eval_transform, gather, inventory, load,
-                    load_dataset, make_loader, number, pair, save, seed_from, tidy_output, train_transform)
-from mae import init_distributed, load_checkpoint
+from common import (VIT_SIZES, Crops, InputError, ViT, check_vit, eval_transform, load_dataset, normalize, pair,
+                    train_transform)
+from runs import Run, check_alike, gather, launch, load, number, parse_args, reading
 
 FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
 LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0,
@@ -59,6 +53,8 @@ DEMO = {  # small data wants many small steps; so early in training the cls toke
     "finetune": dict(epochs=10, batch_size=64, blr=4e-3, warmup_epochs=1, drop_path=0.0, pool="avg"),
     "linear": dict(epochs=6, batch_size=128, blr=20.0, warmup_epochs=1, pool="avg"),
     "knn": dict(pool="avg"),
+    "all": dict(data="shapes", model="vit_micro", patch_size=4, crop_scale=[0.3, 1.0], num_workers=0,
+                rand_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0),
 }
 
 
@@ -66,7 +62,8 @@ DEMO = {  # small data wants many small steps; so early in training the cls toke
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 def get_args(argv=None):
-    """Parses the command line; what is not given is filled in by `fill_recipe`, once the encoder's size is known."""
+    """Parses the command line; what is not given is filled in by `fill_recipe`, once the encoder's size is known.
+    Raises InputError."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
@@ -74,21 +71,11 @@ def get_args(argv=None):
     parser.add_argument("--blocks", type=number(int, "[0, inf)"), default=4,
                         help="partial: how many of the last blocks train")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="data/imagenet", help="folder with train/ and val/, or a data set by name")
-    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
-    data.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.08, 1.0],
-                      help="area of RandomResizedCrop")
-    data.add_argument("--img_size", type=number(int, "[1, inf)"), nargs="+",
-                      help="pixels: one or two (default: as pre-trained)")
-    data.add_argument("--skip_bad", type=number(int, "[0, inf)"), default=0,
-                      help="replace up to so many broken files, in training alone: evaluation counts every image")
-    data.add_argument("--num_workers", type=number(int, "[0, inf)"),
-                      help="loader processes per process (default: its share of the cores)")
-
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none: the encoder (default: vit_base)")
-    model.add_argument("--patch_size", type=number(int, "[1, inf)"), help="with --ckpt none: pixels")
+    model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="with --ckpt none: pixels")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+",
+                       help="pixels: one or two (default: as pre-trained)")
     model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
                        "(default: avg for finetune and partial, cls for linear and knn)")
     model.add_argument("--drop_path", type=number(float, "[0, 1)"), help="default: B 0.1, L 0.2, H 0.3; linear 0")
@@ -111,6 +98,8 @@ def get_args(argv=None):
     optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
 
     regular = parser.add_argument_group("regularisation, finetune and partial (Table 9)")
+    regular.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.08, 1.0],
+                         help="area of RandomResizedCrop; linear too")
     regular.add_argument("--rand_augment", action=argparse.BooleanOptionalAction, default=True)
     regular.add_argument("--smoothing", type=number(float, "[0, 1)"), default=0.1, help="label smoothing")
     regular.add_argument("--erasing", type=number(float, "[0, 1]"), default=0.25, help="probability of random erasing")
@@ -122,21 +111,7 @@ def get_args(argv=None):
     knn.add_argument("--temperature", type=number(float, "(0, inf)"), default=0.07,
                      help="a neighbour votes with exp(cosine / temperature)")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", help="default: a folder named after the mode, beside the checkpoint")
-    run.add_argument("--no_resume", action="store_true", help="start over even where output_dir holds a last.pt")
-    run.add_argument("--seed", type=number(int, "[0, 4294967296)"), default=0)
-    run.add_argument("--save_minutes", type=number(float, "(0, inf]"), default=30, help="save as often, and each epoch")
-    run.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these that there is")
-    run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
-                     help="auto: bf16 where the hardware has it, else fp16 on a GPU, else none")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--demo", action="store_true", help="the drawn images and a short schedule; fits `mae.py --demo`")
-
-    if "--demo" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(data="shapes", model="vit_micro", patch_size=4, crop_scale=[0.3, 1.0], num_workers=0,
-                            rand_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, demo=DEMO["all"])
     if args.mode == "partial" and args.blocks == 0:
         args.mode = "linear"
     if args.output_dir is None:
@@ -145,7 +120,7 @@ def get_args(argv=None):
 
 
 def fill_recipe(args, embed_dim):
-    """Sets what the command line left open, by mode and size. Raises InputError for values that make no run."""
+    """Sets what the command line left open, by mode and size. Raises InputError."""
     size = "B" if embed_dim <= 768 else "L" if embed_dim <= 1024 else "H"
     kind = "linear" if args.mode == "knn" else args.mode if args.mode == "linear" else "finetune"
     scratch = dict(layer_decay=1.0) if args.ckpt == "none" else {}      # random weights: nothing to preserve
@@ -153,58 +128,43 @@ def fill_recipe(args, embed_dim):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    shares = f"{world_size} process(es) × --accum_iter {args.accum_iter}"
-    for right, advice in (
-        (args.mode == "knn" or args.batch_size % (world_size * args.accum_iter) == 0,
-         f"--batch_size {args.batch_size} cannot be shared equally by {shares}"),
-        (args.mode == "knn" or args.warmup_epochs < args.epochs,
-         f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"),
-        (args.mode != "linear" or args.batch_size >= 2 * world_size * args.accum_iter,
-         "--batch_size must leave at least 2 images for a process to normalise over"),
-        (args.crop_scale[0] <= args.crop_scale[1], "--crop_scale takes two shares, the least and the most"),
-    ):
-        if not right:
-            raise InputError(advice)
+    if args.mode != "knn" and args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The encoder, and the classifier around it
 # ---------------------------------------------------------------------------------------------------------------------
 def load_encoder(path):
-    """Reads an encoder: its weights under the public names, and the keywords of ViT that they fit.
+    """Reads an encoder: its weights under the public names, the keywords of ViT that they fit, and how many tensors
+    beside them the file has.
 
     Takes {"model": weights, …} or the weights alone; a decoder, and whatever else a method keeps beside its encoder, is
     left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
     """
     checkpoint = load(path)
-    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
-        if name not in weights:
-            decoder = "only a decoder" if any(other.startswith("decoder") for other in weights) else "no ViT encoder"
-            raise InputError(f"'{path}' holds {decoder}: {name} is missing")
-
-    embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in VIT_SIZES.values()}
-    if (embed_dim, depth) not in heads:
-        raise InputError(f"'{path}' holds an encoder {embed_dim} wide with {depth} blocks: no size in common.VIT_SIZES")
-    saved = checkpoint.get("args", {})
-    img_size = saved.get("img_size") if isinstance(saved, dict) else None           # public checkpoints are square
-    num_patches = weights["pos_embed"].shape[1] - 1
-    vit = dict(img_size=img_size or math.isqrt(num_patches) * patch_size, patch_size=patch_size, embed_dim=embed_dim,
-               depth=depth, num_heads=heads[embed_dim, depth])
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in ViT(**vit).state_dict().items()}
-    for name, shape in expected.items():
-        if name not in weights:
-            raise InputError(f"'{path}' lacks the encoder's {name}")
-        if tuple(weights[name].shape) != shape:
-            raise InputError(f"'{path}': {name} has shape {tuple(weights[name].shape)}, a ViT of its size has {shape}")
-    left_out = len(weights) - len(expected)
-    if left_out and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{path}: {left_out} tensors beside the encoder (a decoder's, say) are not needed here and left out")
-    return {name: weights[name] for name in expected}, vit
+    with reading(path):
+        weights = checkpoint.get("model", checkpoint)
+        for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+            if name not in weights:
+                found = "only a decoder" if any(key.startswith("decoder") for key in weights) else "no ViT encoder"
+                raise InputError(f"'{path}' holds {found}: {name} is missing")
+        embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in VIT_SIZES.values()}
+        if (embed_dim, depth) not in heads:
+            raise InputError(f"'{path}' holds an encoder {embed_dim} wide with {depth} blocks: no size in VIT_SIZES")
+        num_patches = weights["pos_embed"].shape[1] - 1
+        square = math.isqrt(num_patches) * patch_size                                   # public checkpoints are square
+        saved = checkpoint.get("args", {})
+        img_size = saved.get("img_size", square) if isinstance(saved, dict) else square
+        vit = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                   num_heads=heads[embed_dim, depth])
+        with torch.device("meta"):
+            expected = ViT(**vit).state_dict()
+        encoder = {name: weights[name] for name in expected if name in weights}
+        check_alike(path, "model", encoder, expected, any_float=True)
+    return encoder, vit, len(weights) - len(encoder)
 
 
 def resample_pos_embed(pos_embed, old_grid, new_grid):
@@ -372,26 +332,17 @@ def load_labelled(args):
 
 
 @torch.no_grad()
-def evaluate(model, loader, normalize, dtype, caught=()):
-    """Top-1 and top-5 in %, and the number of images, over all processes' shares. Once a signal is in one's `caught`,
-    all exit: what was trained is saved, and the same command evaluates it."""
-    device = normalize.mean.device
-    counts = torch.zeros(4, device=device)
+def evaluate(run, model, val_set):
+    """Top-1 and top-5 in %, and the number of images, over all processes."""
+    counts = torch.zeros(3, device=run.device)
     model.eval()
-    for imgs, labels in loader:
-        if caught:
-            counts[3] = 1
-            break
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(normalize(imgs.to(device, non_blocking=True)))
-        counts[:3] += hits(logits, labels.to(device))
-    model.train()
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    if counts[3]:
-        tqdm.write("stopped while evaluating; training was saved; the same command, without --no_resume, goes on")
-        sys.exit(caught[0] if caught else 128 + signal.SIGTERM)
-    return to_percent(counts[:3])
+    for buffer in model.buffers() if run.world_size > 1 else []:
+        dist.broadcast(buffer, 0)       # BatchNorm's statistics are the first process's, as in its checkpoint
+    for imgs, labels in run.once(val_set, batch_size=256):
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            logits = model(normalize(imgs))
+        counts += hits(logits, labels)
+    return to_percent(sum(gather(counts.cpu())))
 
 
 def hits(scores, labels):
@@ -407,17 +358,17 @@ def to_percent(counts):
 
 
 @torch.no_grad()
-def extract_features(model, loader, normalize, dtype, pool):
-    """Features of unit length (N, D) and labels (N,) of the whole data set, on every process, on the CPU."""
-    device = normalize.mean.device
-    features = [torch.empty(0, model.cls_token.shape[-1], device=device)]
+def extract_features(run, model, crops, pool):
+    """Features of unit length (N, D) and labels (N,) of the whole data set, on every process."""
+    features = [torch.empty(0, model.cls_token.shape[-1])]
     labels = [torch.empty(0, dtype=torch.int64)]
-    for imgs, label in loader:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            x = model.features(normalize(imgs.to(device, non_blocking=True)), pool)
-        features.append(F.normalize(x.float(), dim=1))
-        labels.append(label)
-    return torch.cat(gather(torch.cat(features).cpu())), torch.cat(gather(torch.cat(labels)))
+    model.eval()
+    for imgs, label in run.once(crops, batch_size=256, progress="features"):
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            x = model.features(normalize(imgs), pool)
+        features.append(F.normalize(x.float(), dim=1).cpu())
+        labels.append(label.cpu())
+    return [torch.cat(gather(torch.cat(parts))).to(run.device) for parts in (features, labels)]
 
 
 def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
@@ -429,207 +380,127 @@ def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
     return votes.scatter_add(1, bank_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
 
 
+@torch.no_grad()
+def score_knn(run, model, train_set, val_set, args):
+    """As `evaluate`, by k-NN in the training set's features."""
+    bank, bank_labels = extract_features(run, model, train_set, args.pool)
+    features, labels = extract_features(run, model, val_set, args.pool)
+    counts = torch.zeros(3, device=run.device)
+    for x, y in zip(features.split(1024), labels.split(1024)):
+        counts += hits(knn_scores(x, bank, bank_labels, len(train_set.source.classes), args.k, args.temperature), y)
+    run.say("k-NN is a quick look: a low figure is normal for masked autoencoders, whatever their fine-tuning.")
+    return to_percent(counts)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 def main(args):
     """Evaluates one checkpoint in one mode. Returns the result, which is also printed last and saved as result.json."""
-    weights, vit = load_encoder(args.ckpt) if args.ckpt != "none" else (None, dict(VIT_SIZES[args.model or "vit_base"]))
-    if weights is None:
-        vit.update(img_size=224 if not args.demo else 32, patch_size=args.patch_size or vit["patch_size"])
-    elif not args.demo and (args.model or args.patch_size):
+    if args.ckpt == "none":
+        weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"]), 0
+        vit.update(img_size=32 if args.demo else 224, patch_size=args.patch_size or vit["patch_size"])
+    elif (args.model or args.patch_size) and not args.demo:
         raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
+    else:
+        weights, vit, left_out = load_encoder(args.ckpt)
     old_grid = [n // vit["patch_size"] for n in pair(vit["img_size"])]
-    args.img_size = list(pair(args.img_size or vit["img_size"]))
-    vit["img_size"] = args.img_size
+    vit["img_size"] = args.img_size = list(pair(args.img_size or vit["img_size"]))
     fill_recipe(args, vit["embed_dim"])
     check_vit(args.img_size, vit["patch_size"], vit["embed_dim"], vit["num_heads"])
 
-    rank, world_size, device = init_distributed(args)
-    output = Path(args.output_dir)
-    if rank == 0:
-        check_output(output, 0, args)
-    dtype = amp_dtype(args.amp, device)
-    normalize = Normalize().to(device)
+    run = Run(args, __file__)
     train_set, val_set = load_labelled(args)
     num_classes = len(train_set.classes)
-
-    def load_in_order(dataset, progress=False):
-        batches = eval_batches(len(dataset), 256, rank, world_size)
-        loader = make_loader(Crops(dataset, eval_transform(args.img_size)), batches, args.num_workers, device)
-        return tqdm(loader, total=len(batches), unit="batch", disable=rank > 0 or not progress)
-
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                    # every process starts from the same weights
     if args.mode == "knn":
         model = ViT(**vit)
     else:
         train_blocks = {"finetune": None, "partial": args.blocks, "linear": 0}[args.mode]
         model = Classifier(num_classes, args.pool, args.mode == "linear", train_blocks, **vit, drop_path=args.drop_path)
+    encoder = None
     if weights is not None:
         weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, model.grid_size)
         weights_bytes = b"".join(value.detach().float().numpy().tobytes() for value in weights.values())
-        args.encoder = hashlib.sha256(weights_bytes).hexdigest()[:16]   # a run goes on with the same encoder only
+        encoder = hashlib.sha256(weights_bytes).hexdigest()[:16]
         model.load_state_dict(weights, strict=False)    # what is left as it is: the head, and its norm
-    model.to(device)
-    if rank == 0:
-        print(f"{args.mode} of {args.ckpt}: {vit['embed_dim']} wide, {vit['depth']} blocks, patches of "
-              f"{vit['patch_size']}, {' × '.join(map(str, args.img_size))} pixels, {len(train_set)} images to train, "
-              f"{len(val_set)} to validate, {num_classes} classes, {device.type}, "
-              f"amp {str(dtype).removeprefix('torch.')}")
+    model.to(run.device)
+    if left_out:
+        run.say(f"{args.ckpt}: {left_out} tensors beside the encoder (a decoder's, say) are not needed and left out")
+    run.say(f"{args.mode} of {args.ckpt}: {vit['embed_dim']} wide, {vit['depth']} blocks, patches of "
+            f"{vit['patch_size']}, {' × '.join(map(str, args.img_size))} pixels, {len(train_set)} images to train, "
+            f"{len(val_set)} to validate, {num_classes} classes")
 
+    val_crops = Crops(val_set, eval_transform(args.img_size))
     if args.mode == "knn":
-        bank, bank_labels = extract_features(model.eval(), load_in_order(train_set, True), normalize, dtype, args.pool)
-        features, labels = extract_features(model, load_in_order(val_set, True), normalize, dtype, args.pool)
-        bank, bank_labels, counts = bank.to(device), bank_labels.to(device), 0
-        for x, y in zip(features.to(device).split(1024), labels.to(device).split(1024)):
-            counts += hits(knn_scores(x, bank, bank_labels, num_classes, args.k, args.temperature), y)
-        top1, top5, images = to_percent(counts)
-        if rank == 0:
-            print("k-NN is a quick look: a low figure is normal for masked autoencoders, whatever their fine-tuning.")
+        top1, top5, images = score_knn(run, model, Crops(train_set, eval_transform(args.img_size)), val_crops, args)
     else:
-        top1, top5, images = train(args, model, train_set, lambda: load_in_order(val_set), normalize, dtype, rank,
-                                   world_size)
+        top1, top5, images = train(run, model, train_set, val_crops, encoder, args)
 
     result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": images, "ckpt": args.ckpt,
-              "data": args.data, "args": {name: value for name, value in vars(args).items() if value is not None}}
-    if rank == 0:
-        (output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps({name: value for name, value in result.items() if name != "args"}))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+              "data": args.data}
+    if run.rank == 0:
+        used = {name: value for name, value in vars(args).items() if value is not None and name[0] != "_"}
+        (run.output / "result.json").write_text(json.dumps({**result, "args": used}, indent=1) + "\n")
+    run.say(json.dumps(result))
     return result
 
 
-def train(args, model, train_set, load_val, normalize, dtype, rank, world_size):
+def train(run, model, train_set, val_crops, encoder, args):
     """Trains what is not frozen; returns the last epoch's top-1 and top-5 in %, and the number of validation images."""
-    output, device = Path(args.output_dir), normalize.mean.device
-    regularise = args.mode != "linear"
-    plan = dict(num_images=len(train_set), batch_size=args.batch_size, epochs=args.epochs, accum_iter=args.accum_iter,
-                rank=rank, world_size=world_size, seed=args.seed)
-    args.images, args.steps_per_epoch = inventory(train_set), GlobalBatches(**plan).steps_per_epoch
-    args.classes = hashlib.sha256(repr(train_set.classes).encode()).hexdigest()[:12]
-    steps_per_epoch = args.steps_per_epoch
+    device, dtype, regularise, num_classes = run.device, run.dtype, args.mode != "linear", len(train_set.classes)
     transform = train_transform(args.img_size, args.crop_scale)
     if regularise and args.rand_augment:
         transform = v2.Compose([transform, v2.ToPILImage(), rand_augment, v2.PILToTensor()])
+    crops = Crops(train_set, transform, args.seed, args.skip_bad)
+    if args.batch_size < 2 * run.world_size * args.accum_iter and not regularise:
+        raise InputError("--batch_size must leave at least 2 images for a process to normalise over")
+
     params = [p for p in model.parameters() if p.requires_grad]
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True) if regularise else LARS(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if rank == 0:
-        check_output(output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)), args)
-    checkpoint = load_checkpoint(output / "last.pt", args, model, optimizer, scaler)
-    start, skipped = checkpoint["step"], checkpoint["skipped"]
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
+    classes = hashlib.sha256(repr(train_set.classes).encode()).hexdigest()[:12]
+    run.resume(crops, model, optimizer, scaler, encoder=encoder, classes=classes)   # only with the same two
+    run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()
-    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if world_size > 1 else model
-    crops = Crops(train_set, transform, args.seed, args.skip_bad)
-    batches = make_loader(crops, GlobalBatches(**plan, start_step=start), args.num_workers, device, skipped)
-    num_classes = len(train_set.classes)
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
-    log_path, logged = output / "log.jsonl", 0
-    if rank == 0:
-        tidy_output(output, start, steps_per_epoch)
-        logged = len(log_path.read_text().splitlines()) if log_path.exists() else 0
-        print(f"{args.batch_size // world_size // args.accum_iter} images per step per process × {world_size} "
-              f"process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}, "
-              f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}",
-              flush=True)
+    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
-    bar = tqdm(total=args.epochs * steps_per_epoch * args.batch_size, initial=start * args.batch_size,
-               unit=" images", unit_scale=True, disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
-    totals = torch.tensor(checkpoint["totals"], device=device)          # as in mae.py
-    totals = totals[rank] if len(totals) == world_size else totals.mean(dim=0)
-    requests, request, window = SaveRequests(rank, args.save_minutes), 0, []
-    epoch_start, result = time.time() - checkpoint["seconds"], None
+    result = None
+    for epoch in run.epochs():
+        model.train()
+        for step in run.steps():
+            lr = learning_rate(step / run.steps_per_epoch, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
 
-    def end_epoch(epoch, sums, seconds):
-        """Evaluates, and writes the epoch's line into the log; what was trained is saved by then."""
-        result = evaluate(model, load_val(), normalize, dtype, requests.caught)
-        if rank == 0:
-            loss, norm = (sum(column) / world_size / steps_per_epoch for column in zip(*sums))
-            lr = learning_rate(epoch + (steps_per_epoch - 1) / steps_per_epoch, args)
-            line = {"epoch": epoch, "loss": loss, "grad_norm": norm, "top1": result[0], "top5": result[1], "lr": lr,
-                    "seconds": seconds, "images_per_s": steps_per_epoch * args.batch_size / seconds}
-            if args.skip_bad:
-                new = sorted(reason for reason, first in skipped.items() if first == epoch)
-                line.update(skipped=len(skipped), newly_skipped=new)
-            append(json.dumps(line), log_path)
-        return result
+            for part, (imgs, labels) in enumerate(run.parts()):             # also seeds mixing and drop path
+                imgs = normalize(imgs)
+                if regularise:
+                    imgs, labels = mix(imgs, labels, num_classes, args)
+                net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss = criterion(net(imgs).float(), labels)
+                scaler.scale(loss / args.accum_iter).backward()
+                run.add(loss)
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in params])
+            if args.clip_grad:
+                nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
-    if start and start % steps_per_epoch == 0:
-        if gather(logged)[0] < start // steps_per_epoch:                # stopped before or during evaluation
-            result = end_epoch(start // steps_per_epoch - 1, checkpoint["totals"], checkpoint["seconds"])
-        totals, epoch_start = 0.0, time.time()
-    model.train()
-    for step in range(start, args.epochs * steps_per_epoch):
-        lr = learning_rate(step / steps_per_epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        row = 0.0
-        for part in range(args.accum_iter):
-            imgs, labels = next(batches)
-            imgs, labels = normalize(imgs.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-            torch.manual_seed(seed_from(args.seed, step, part * world_size + rank))     # as in mae.py
-            if regularise:
-                imgs, labels = mix(imgs, labels, num_classes, args)
-            net.require_backward_grad_sync = part == args.accum_iter - 1
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss = criterion(net(imgs).float(), labels)
-            scaler.scale(loss / args.accum_iter).backward()
-            row = row + loss.detach()[None] / args.accum_iter
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in params])
-        if args.clip_grad:
-            nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        row = torch.cat([row, norm[None]])
-        totals = totals + row.nan_to_num(0.0, 0.0, 0.0)
-        window.append((step, lr, row))
-        epoch, done = step // steps_per_epoch, step % steps_per_epoch + 1
-        ended, request = done == steps_per_epoch, requests.poll()
-        bar.update(args.batch_size)
-        if ended or request or done % 20 == 0:
-            check_finite(window, model, scaler, dtype, args.clip_grad)
-            bar.set_postfix(epoch=epoch, loss=f"{totals[0].item() / done:.4f}", lr=f"{lr:.2e}", refresh=False)
-            window = []
-        if not (ended or request):
-            continue
-
-        # The end of an epoch, a signal, or time to save: checkpoint, evaluation, log
-        seconds = time.time() - epoch_start
-        sums, theirs = zip(*gather((totals.tolist(), skipped)))
-        crops.merge(skipped, *theirs)
-        if world_size > 1:
-            for buffer in model.buffers():      # BatchNorm's statistics are the first process's, as under DDP
-                dist.broadcast(buffer, 0)
-        if rank == 0:
-            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                  "step": step + 1, "totals": sums, "seconds": seconds, "skipped": skipped, "args": vars(args)},
-                 output / "last.pt")
-        if request > 1:
-            break
-        if ended:
-            result = end_epoch(epoch, sums, seconds)
-            totals, epoch_start = 0.0, time.time()
-    bar.close()
-    batches.close()
-    if request > 1:
-        if rank == 0:
-            print(f"stopped: saved after step {step + 1}; the same command, without --no_resume, goes on from there")
-        del net         # as in mae.py
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(request)
-    return result or evaluate(model, load_val(), normalize, dtype, requests.caught)
+        result = evaluate(run, model, val_crops)
+        run.end_epoch(top1=result[0], top5=result[1])
+    result = result or evaluate(run, model, val_crops)      # of a run that was finished before
+    run.finish()
+    return result
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except (InputError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        tqdm.write(f"{Path(__file__).name}: error: {str(error) or 'interrupted'}", file=sys.stderr)     # clears the bar
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    launch(main, get_args)

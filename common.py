@@ -463,8 +463,8 @@ class Crops(Dataset):
     """Item (epoch, index): image `index` of a source, transformed at random as (seed, epoch, index) alone decides, its
     label, and what was skipped for it, {reason: epoch}.
 
-    An image that can't be read is replaced by the next one that can, and so is its label. `skipped` is what this process
-    knows of, through `merge`. Raises InputError where more than `skip_bad` images can't be read; None: where one can't.
+    An image that can't be read is replaced by the next one that can, and so is its label. `skipped` is what this
+    process knows of, through `merge`. Raises InputError if more than `skip_bad` can't be read (None: 0).
     """
 
     def __init__(self, source, transform, seed=0, skip_bad=None):

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent
-# A method's script is one that has these three functions: see CONTRIBUTING.md
+# A method is a script with these three functions: see CONTRIBUTING.md
 SCRIPTS = sorted((path.stem for path in ROOT.glob("*.py")
                   if all(f"\ndef {name}(" in path.read_text() for name in ("method_args", "build_model", "main"))),
                  key=lambda name: (name != "mae", name))
-SMALL = ("--model vit_micro --img_size 32 --patch_size 8 --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2 "
-         "--batch_size 16 --epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu").split()
+SMALL = ("--model vit_micro --img_size 32 --patch_size 8 --decoder_embed_dim 32 --decoder_depth 1 "
+         "--decoder_num_heads 2 --batch_size 16 --epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu").split()
 
 
 def pytest_addoption(parser):

@@ -56,9 +56,9 @@ def get_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
-    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels: one or two")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels")
     model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="width (MAE's Table 1b)")
+    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="MAE's Table 1b")
     model.add_argument("--decoder_depth", type=number(int, "[1, 1000]"), default=8, help="blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=number(int, "[1, 65536]"), default=16)
     model.add_argument("--init_from", help="a checkpoint: a new run starts from its weights")
@@ -112,8 +112,8 @@ def unpatchify(patches, patch_size, grid_size):
 
 
 def mean_and_std(patches):
-    """Each patch's own mean and standard deviation, over its last dimension; the variance is the unbiased one + 1e-6, as
-    the released weights were trained with."""
+    """Each patch's own mean and standard deviation, over the last dimension; the variance is the unbiased one + 1e-6,
+    as the released weights were trained with."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
@@ -201,7 +201,8 @@ def attention_padded(q, k, v, inside, slots):  # Efficient
     image's, `slots` (T,) where these are in the flattened `inside`."""
     q, k, v = (x.new_zeros(len(x), inside.numel(), x.shape[2]).index_copy(1, slots, x).unflatten(1, inside.shape)
                for x in (q, k, v))                                      # (heads, N, length, d)
-    return attention(q, k, v, mask=inside[:, None]).flatten(1, 2).index_select(1, slots)
+    attended = attention(q, k, v, mask=inside[None, :, None])           # four axes: with three, kernels aren't fused
+    return attended.flatten(1, 2).index_select(1, slots)
 
 
 def ragged_attention(q, k, v, lengths, inside, slots):  # Efficient
@@ -229,8 +230,8 @@ class EfficientMAE(ViT):  # Efficient
         self.gamma = gamma
         self.beta = 26 * patch_size / 16 if beta is None else beta
         if patch_size < 2 or self.beta < patch_size / 2 + 1:            # a patch beside a visible one has d below this
-            raise InputError(f"beta must be at least {patch_size / 2 + 1:g} pixels, or no patch may be left to predict, "
-                             "and patch_size at least 2")
+            raise InputError(f"beta must be at least {patch_size / 2 + 1:g} pixels, or no patch may be left to predict "
+                             "(patch_size at least 2)")
         self.p2dist = {"approximate": p2dist_approximate, "exact": p2dist_exact}[p2dist]
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
@@ -395,6 +396,7 @@ def main(args):
     run.resume(crops, model, optimizer, scaler, init_from=args.init_from)
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
+        torch._dynamo.config.capture_scalar_outputs = True  # Efficient: one graph in spite of the number of tokens
         model.compile()
     # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model

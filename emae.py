@@ -53,9 +53,9 @@ def get_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
-    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels: one or two")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels")
     model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="width (MAE's Table 1b)")
+    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="MAE's Table 1b")
     model.add_argument("--decoder_depth", type=number(int, "[1, 1000]"), default=8, help="blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=number(int, "[1, 65536]"), default=16)
     model.add_argument("--init_from", help="a checkpoint: a new run starts from its weights")
@@ -106,8 +106,8 @@ def unpatchify(patches, patch_size, grid_size):
 
 
 def mean_and_std(patches):
-    """Each patch's own mean and standard deviation, over its last dimension; the variance is the unbiased one + 1e-6, as
-    the released weights were trained with."""
+    """Each patch's own mean and standard deviation, over the last dimension; the variance is the unbiased one + 1e-6,
+    as the released weights were trained with."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
@@ -138,6 +138,9 @@ class EMAE(ViT):  # EMAE
         self.norm_pix = norm_pix
         self.parts = parts
         self.consistency_weight = consistency_weight
+        # Part i predicts all parts but i, in order: where the K - 1 predictions of each part stand, part after part
+        where = [i * (parts - 1) + part - (part > i) for part in range(parts) for i in range(parts) if i != part]
+        self.register_buffer("predictions_of", torch.tensor(where), persistent=False)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         position = sincos_pos_embed(decoder_embed_dim, self.grid_size)
@@ -188,18 +191,16 @@ class EMAE(ViT):  # EMAE
     def forward_consistency(self, pred):  # EMAE
         """Eq. 9-11: how far two parts' predictions of one patch are apart; pred (N·K, L - L/K, P·P·3).
 
-        The stop-gradients (sg) double the value and leave the gradient that of |p_i - p_j|: each term moves one side.
+        The parts that i and j both predict, s_ij (Eq. 9), are all but i and j: so each part has K - 1 predictions, and
+        every two of them are one pair of Eq. 10.
         """
-        pred = pred.float().unflatten(0, (-1, self.parts))                               # (N, K, L - L/K, P·P·3)
-        pred = pred.unflatten(2, (self.parts - 1, -1))                                   # (N, K, K - 1, L/K, P·P·3)
-        losses = []
-        for i, j in itertools.combinations(range(self.parts), 2):
-            both = [part for part in range(self.parts) if part not in (i, j)]            # s_ij, Eq. 9
-            # What i predicts is a list of all parts but i; stacked, not indexed, since a GPU waits for an index
-            p_i = torch.stack([pred[:, i, part - (part > i)] for part in both])
-            p_j = torch.stack([pred[:, j, part - (part > j)] for part in both])
-            losses.append(((p_i.detach() - p_j).abs() + (p_i - p_j.detach()).abs()).mean())      # Eq. 10
-        return torch.stack(losses).mean()                                                # Eq. 11
+        K = self.parts
+        pred = pred.float().reshape(-1, K * (K - 1), self.num_patches // K, pred.shape[2])
+        pred = pred.index_select(1, self.predictions_of).unflatten(1, (K, K - 1))        # (N, K, K - 1, L/K, P·P·3)
+        pairs = itertools.combinations(pred.unbind(2), 2)
+        distance = torch.stack([(p_i - p_j).abs().mean() for p_i, p_j in pairs]).mean()
+        # Eq. 10, |sg(p_i) - p_j| + |p_i - sg(p_j)|: the stop-gradients double the value and not the gradient
+        return distance + distance.detach()                                              # Eq. 11
 
     def forward(self, imgs, noise=None):  # EMAE
         """Images (N, 3, H, W), and noise (N, L) that fixes the masks, to the loss and a dict of what else to log."""

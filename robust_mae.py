@@ -55,9 +55,9 @@ def get_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, default="vit_base", help="the encoder")
-    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels: one or two")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[224], help="pixels")
     model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="pixels (default: 16, vit_huge 14)")
-    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="width (MAE's Table 1b)")
+    model.add_argument("--decoder_embed_dim", type=number(int, "[4, 65536]"), default=512, help="MAE's Table 1b")
     model.add_argument("--decoder_depth", type=number(int, "[1, 1000]"), default=8, help="blocks (MAE's Table 1a)")
     model.add_argument("--decoder_num_heads", type=number(int, "[1, 65536]"), default=16)
     model.add_argument("--init_from", help="a checkpoint: a new run starts from its weights")
@@ -121,8 +121,8 @@ def unpatchify(patches, patch_size, grid_size):
 
 
 def mean_and_std(patches):
-    """Each patch's own mean and standard deviation, over its last dimension; the variance is the unbiased one + 1e-6, as
-    the released weights were trained with."""
+    """Each patch's own mean and standard deviation, over the last dimension; the variance is the unbiased one + 1e-6,
+    as the released weights were trained with."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 

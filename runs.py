@@ -1,7 +1,7 @@
 """What keeps a run alive: `Run`, and the command line that goes with it.
 
-A script keeps what its paper is about and what trains: model, masking, loss, DDP, autocast, accumulation, the optimiser's
-step. Its Run keeps the rest: processes and device, the output folder, batches, checkpoints, signals, checks, the log.
+A script keeps what its paper is about and what trains: model, masking, loss, DDP, autocast, accumulation, the
+optimiser's step. Its Run keeps the rest: processes, device, output folder, batches, checkpoints, signals, checks, log.
 
     run = Run(args, __file__)                               # joins torchrun's processes, takes the output folder
     run.resume(crops, model, optimizer, scaler)             # continues from OUTPUT/last.pt if it exists
@@ -50,10 +50,9 @@ try:
 except ImportError:     # Windows
     fcntl = None
 
-# Arguments that may change when a run resumes; of those that change results, only these two, and it says so
-MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "no_resume", "save_minutes", "device",
-              "compile", "demo"}
-MAY_CHANGE_RESULTS = {"amp", "clip_grad"}
+# What may differ when a run resumes: where and how it computes, and what may save a run that diverged
+MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "save_minutes", "device", "compile",
+              "demo", "amp", "clip_grad", "images"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,8 +72,8 @@ def number(kind, interval):
 
 
 def parse_args(parser, argv=None, demo=None):
-    """Adds the arguments that every run has, and parses `argv` (None: the command line). With --demo, defaults come from
-    the dict `demo`. Raises InputError."""
+    """Adds the arguments that every run has, and parses `argv` (None: the command line). With --demo, the dict `demo`
+    has the defaults. Raises InputError."""
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
     data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
@@ -107,25 +106,37 @@ def parse_args(parser, argv=None, demo=None):
 def launch(main, get_args):
     """Runs a script as a command. Exit codes: 0; 2 for bad input; 1 for other trouble that one line can explain (a full
     disk, a run that diverges, Ctrl-C before training starts); 128 + the signal's number for a run that was stopped."""
-    code = 0
+    code, failed = 0, False
     try:
         main(get_args())
-    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        code = 2 if isinstance(error, InputError) else 1
-        text = str(error) or "interrupted"
-        if isinstance(error, torch.OutOfMemoryError):
-            text = f"out of GPU memory: raise --accum_iter, which changes no result ({text.splitlines()[0]})"
+    except (InputError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+        code, failed, text = 2 if isinstance(error, InputError) else 1, True, explain(error)
+        if text is None:
+            raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)               # what the first process meets as well it says alone: torchrun ends this one then
+            time.sleep(3)               # what the first process meets as well, it says alone: torchrun ends this one
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)     # clears the bar
-        sys.exit(code)
     except SystemExit as stop:
         code = stop.code
-    # By now main's DDP has been freed. If it outlived the process group, it would free that under Python's lock, where
-    # gloo's threads can wait forever
-    if dist.is_initialized():
+    # By now what main held is freed: the loader, whose threads would print tracebacks of their own, and DDP. If that
+    # outlived the process group, it would free it under Python's lock, where gloo's threads can wait forever
+    if dist.is_initialized() and not failed:        # else others may still wait for this process
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def explain(error):
+    """One line on an error that a user can do something about; None for what may be a fault of the code."""
+    text = str(error)
+    if isinstance(error, (InputError, OSError, FloatingPointError)):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory: raise --accum_iter, or choose smaller sizes ({text.splitlines()[0]})"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile needs a working C++ compiler: install one, or leave it out ({text.splitlines()[0]})"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,8 +181,8 @@ class Run:
         batches = GlobalBatches(len(crops), args.batch_size, args.epochs, args.accum_iter, self.rank, self.world_size,
                                 args.seed)
         self.step, self.steps_per_epoch = 0, batches.steps_per_epoch
-        self._recipe = {**{name: value for name, value in vars(args).items() if name[0] != "_"}, **recipe,
-                        "images": inventory(crops.source), "steps_per_epoch": self.steps_per_epoch}
+        own = {name: value for name, value in vars(args).items() if name not in ("_defaults", "no_resume")}
+        self._recipe = {**own, **recipe, "images": inventory(crops.source), "steps_per_epoch": self.steps_per_epoch}
         self._begin_epoch()
 
         found = last.exists() and not args.no_resume
@@ -195,8 +206,8 @@ class Run:
                 self.epoch -= 1         # all its steps are done, but what follows them is not
         self._nothing_left = self.epoch == args.epochs
         self._batches = make_loader(crops, batches, args.num_workers, self.device)
-        self.say(f"{self.method}: {sum(p.numel() for p in params) / 1e6:.1f} M trained parameters, {len(crops)} images, "
-                 f"{self.device.type}, amp {str(self.dtype).removeprefix('torch.')}\n"
+        self.say(f"{self.method}: {sum(p.numel() for p in params) / 1e6:.1f} M trained parameters, "
+                 f"{len(crops)} images, {self.device.type}, amp {str(self.dtype).removeprefix('torch.')}\n"
                  f"{args.batch_size // self.world_size // args.accum_iter} images per step per process × "
                  f"{self.world_size} process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}\n"
                  f"epochs {self.epoch} to {args.epochs} of {self.steps_per_epoch} steps each, into {self.output}")
@@ -349,7 +360,7 @@ class Run:
         checkpoint = load(path)
         self._check_recipe(path, checkpoint)
         make_state(self._optimizer)
-        groups = self._optimizer.state_dict()["param_groups"]           # rates and decay are the script's, not the file's
+        groups = self._optimizer.state_dict()["param_groups"]           # rates and decay: the script's, not the file's
         with reading(path):
             model, scaler, state = checkpoint["model"], checkpoint["scaler"], checkpoint["optimizer"]["state"]
             check_alike(path, "model", model, self._model.state_dict())
@@ -364,7 +375,8 @@ class Run:
             if not (0 <= lr < math.inf and 0 < seconds < math.inf and 0 < count <= self.steps_per_epoch):
                 raise InputError(f"'{path}': lr {lr}, seconds {seconds} or count {count} is out of range")
 
-        self.step, self._lr, self._seconds, self._count, self._names = checkpoint["step"], lr, seconds, int(count), names
+        self.step = checkpoint["step"]
+        self._lr, self._seconds, self._count, self._names = lr, seconds, int(count), names
         totals = totals[self.rank] if len(totals) == self.world_size else totals.mean(dim=0)
         self._totals = totals.to(self.device)
         self._crops.merge(skipped)
@@ -384,9 +396,7 @@ class Run:
         there = {**{name: value for name, value in self.args._defaults.items() if name in here}, **there}
         changed = {name: f"{name} {there.get(name, 'unknown')} (now {here.get(name, 'unknown')})"
                    for name in {**here, **there} if there.get(name) != here.get(name)}
-        for name in MAY_CHANGE:
-            changed.pop(name, None)
-        if changed.keys() - MAY_CHANGE_RESULTS - {"images"}:
+        if changed.keys() - MAY_CHANGE:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "
                              f"resume it, or {advice}")
         num_steps = self.args.epochs * self.steps_per_epoch
@@ -396,9 +406,9 @@ class Run:
         if python == own_python and source != own_source:
             if step == num_steps:
                 raise InputError(f"{path} is of a finished run, and the code has changed since: {advice}")
-            changed["code"] = f"code that has changed ({self.method}.py or common.py)"
+            changed["code"] = f"another code ({self.method}.py or common.py has changed)"
         if changed:
-            self.say(f"{path}: resuming, with {', '.join(changed.values())}")
+            self.say(f"{path}: resuming, although it has {', '.join(changed.values())}")
 
     def _close(self):
         """Closes the progress bar, and the loader with its workers."""
@@ -485,8 +495,8 @@ def check_finite(window, model, scaler):
         fine = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         if not fine or step == steps[-1] and not math.isfinite(weights):
             raise FloatingPointError(
-                f"not finite in step {step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g} (norm of "
-                f"the weights by now: {weights:g}). The last checkpoint, if any, is from before. Resume with --amp none "
+                f"not finite in step {step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g}, norm of "
+                f"the weights by now {weights:g}. The last checkpoint, if any, is from before. Resume with --amp none "
                 "or a smaller --clip_grad, or start over with a smaller --blr")
 
 
@@ -500,11 +510,11 @@ def bar_seconds():
 # ---------------------------------------------------------------------------------------------------------------------
 def take(folder, seconds=15):
     """Makes a folder and locks it for this process, until that ends: two runs would spoil each other's checkpoints.
-    Raises InputError if nothing can be written to it, and if another run keeps it for so many seconds: one that was told
-    to stop may still be saving."""
+    Raises InputError if nothing can be written to it, and if another run keeps it for so many seconds: one that was
+    told to stop may still be saving."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)      # never closed: that would unlock
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)   # never closed: that unlocks
     except OSError as error:
         raise InputError(f"cannot write into --output_dir {folder}: {error.strerror}") from error
     until = time.time() + seconds
@@ -537,7 +547,7 @@ def check_room(folder, size, resumed):
 
 def tidy_output(output, step, epochs):
     """Prepares the folder for a run that resumes at `step`, with `epochs` done: the log keeps its whole lines on those,
-    and their numbers are returned. A new run finds an empty folder: an old run's files get a time in their name."""
+    and their numbers are returned. A new run finds the folder empty: an old run's files get a time in their name."""
     log = output / "log.jsonl"
     if step == 0:
         stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -519,20 +519,17 @@ class GlobalBatches:
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.accum_iter, self.rank, self.world_size = accum_iter, rank, world_size
         self.steps_per_epoch = num_images // batch_size
-        self.steps = range(start_step, epochs * self.steps_per_epoch)
+        self.start_step, self.num_steps = start_step, epochs * self.steps_per_epoch
         if not self.steps_per_epoch:
             raise InputError(f"{num_images} images are fewer than one batch of {batch_size}")
         if batch_size % (world_size * accum_iter):
             raise InputError(f"a batch of {batch_size} images cannot be shared equally by {world_size} process(es) × "
                              f"{accum_iter} accumulated")
 
-    def __len__(self):
-        return len(self.steps) * self.accum_iter
-
     def __iter__(self):
         share = self.batch_size // (self.world_size * self.accum_iter)
         order = None
-        for step in self.steps:
+        for step in range(self.start_step, self.num_steps):
             epoch, i = divmod(step, self.steps_per_epoch)
             if order is None or i == 0:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))

@@ -5,10 +5,14 @@ with eps 1e-6, exact GELU, and the state-dict names of the public MAE checkpoint
 Images become uint8 crops; what is random in one depends on (seed, epoch, index) alone, so neither the number of workers
 nor the number of processes changes what is trained on.
 """
+import contextlib
+import errno
 import functools
 import hashlib
+import io
 import math
 import os
+import time
 
 import numpy as np
 import torch
@@ -16,11 +20,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:     # torchvision means to drop it: Pillow, a fifth slower, reads the same pixels
+    decode_jpeg = None
 
 
 class InputError(ValueError):
@@ -103,11 +112,11 @@ def attention(q, k, v, dropout=0.0, mask=None):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of patches, kept as a Conv2d for its public name and shape, (D, 3, P, P)."""
+    """Linear embedding of patches, kept as a Conv2d for its public name and shape, (D, C, P, P)."""
 
-    def __init__(self, patch_size, embed_dim):
+    def __init__(self, patch_size, embed_dim, in_chans=3):
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x):
         """Images (N, 3, H, W), or any subset of their patches as vectors (N, n, P·P·3), to tokens (N, n, D)."""
@@ -165,17 +174,19 @@ class ViT(nn.Module):
     """The encoder: patches + position → cls token prepended → blocks → norm.
 
     Arguments: `img_size` in pixels, a number or (height, width), divisible by `patch_size`; `drop_path` is the rate of
-    the last block, rising linearly from 0 at the first. Raises InputError for sizes that don't fit.
+    the last block, rising linearly from 0 at the first. Raises InputError for sizes that don't fit. (Shapes are given
+    for three channels.)
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-                 drop_path=0.0, attn_drop=0.0):
+                 drop_path=0.0, attn_drop=0.0, in_chans=3):
         super().__init__()
         check_vit(img_size, patch_size, embed_dim, num_heads)
         self.patch_size = patch_size
         self.grid_size = tuple(n // patch_size for n in pair(img_size))         # patches down and across
         self.num_patches = math.prod(self.grid_size)
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.in_chans = in_chans
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         position = sincos_pos_embed(embed_dim, self.grid_size)
         self.pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)  # cls: a zero row
@@ -205,7 +216,7 @@ class ViT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: sources of (RGB PIL image, label)
+# Data: sources of (image tensor (C, H, W), label)
 # ---------------------------------------------------------------------------------------------------------------------
 IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of the channels R, G, B in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -224,48 +235,98 @@ TORCHVISION_DATASETS = {
 }
 
 
-def load_dataset(data, split, data_root="data"):
-    """Opens a data set of (RGB PIL image, label) pairs; the label is -1 where there is none.
+def load_dataset(data, split, data_root="data", in_chans=3):
+    """Opens a data set of (image, label) pairs: a tensor (in_chans, H, W), and -1 where there is no label.
 
     `data` is "shapes", a name in TORCHVISION_DATASETS (downloaded into `data_root`), or a folder: with train/ and val/,
     with class folders, or flat. `split` is "pretrain" (labels not needed), "train" or "val". The result's `classes` is
     the list of class names, None where images are unlabelled. Raises InputError.
     """
-    if data == "shapes":
-        return Shapes(split)
-    if data in TORCHVISION_DATASETS:
-        return NamedDataset(data, split, data_root)
+    if data == "shapes" or data in TORCHVISION_DATASETS:
+        if in_chans != 3:
+            raise InputError(f"'{data}' has RGB images, and in_chans is {in_chans}")
+        return Shapes(split) if data == "shapes" else NamedDataset(data, split, data_root)
     if not os.path.isdir(data):
         raise InputError(f"no data at '{data}': it is no folder, and no data set's name (shapes, "
                          f"{', '.join(TORCHVISION_DATASETS)})")
     train, val = os.path.join(data, "train"), os.path.join(data, "val")
+    root = data
     if split == "val":
+        root = val
         if not os.path.isdir(val):
             raise InputError(f"'{data}' has no folder val/: evaluation needs train/CLASS/*.jpg and val/CLASS/*.jpg")
-        return FolderDataset(val)
-    if os.path.isdir(train):    # a split, unless it is one class of several: those hold no folders
+    elif os.path.isdir(train):  # a split, unless it is one class of several: those hold no folders
         alone = not any(entry.is_dir() and entry.name != "train" for entry in os.scandir(data))
         if alone or os.path.isdir(val) or any(entry.is_dir() for entry in os.scandir(train)):
-            return FolderDataset(train)
-    return FolderDataset(data)
+            root = train
+    return once_per_machine(lambda: FolderDataset(root, in_chans))
 
 
-def load_rgb(path):
-    """Reads an image file as an upright 8-bit RGB PIL image: greyscale, palette, CMYK, alpha (dropped) and EXIF
-    orientation are dealt with. Raises InputError, with the path, for a broken file and for 16- and 32-bit greyscale."""
+def once_per_machine(make):
+    """What `make()` returns, on every process; under torchrun the first process of each machine calls it and sends the
+    result to the others."""
+    local_size = env_number("LOCAL_WORLD_SIZE", 1, least=1)
+    if not dist.is_initialized() or local_size == 1:
+        return make()
+    group, _ = dist.new_subgroups(local_size, backend="gloo")
+    first = dist.get_rank() - env_number("LOCAL_RANK", 0)
+    found = [make() if dist.get_rank() == first else None]
+    dist.broadcast_object_list(found, first, group, device=torch.device("cpu"))
+    dist.destroy_process_group(group)
+    return found[0]
+
+
+def load_image(path, in_chans=3):
+    """Reads a file as an upright image (in_chans, H, W). Three channels: uint8 RGB, also from greyscale, palette, CMYK,
+    alpha (dropped). One: greyscale files, of 8 bits as uint8, of more as float32. Any number: .npy arrays (H, W, C)
+    or (H, W), uint8 as it is and other real types as float32. Raises InputError, with the path."""
     try:
         if not os.path.isfile(path):    # a pipe, say, would be waited for
             raise ValueError("no such file, or no regular one")
-        with Image.open(path) as img:
-            if img.mode[0] in "IF":     # a plain conversion clamps these to 255: an image all white
-                raise ValueError(f"more than 8 bits a pixel (mode {img.mode}); rescale to 8 bits as suits your images")
+        data = read(path)
+        if path.lower().endswith(".npy"):
+            return array_to_image(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+        if in_chans == 3 and decode_jpeg and data[:2] == b"\xff\xd8":      # libjpeg, as Pillow, without its detours
+            with contextlib.suppress(RuntimeError):         # CMYK, say, or broken: for Pillow to judge
+                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB,
+                                   apply_exif_orientation=True)
+        with Image.open(io.BytesIO(data)) as img:
             turn = UPRIGHT.get(exif_orientation(img))
-            img.load()
-            if img.mode != "RGB" or "transparency" in img.info:     # convert() would copy what is RGB
+            if in_chans == 1:
+                img = img.convert("L") if img.mode in ("1", "P") else img
+            elif img.mode[0] in "IF":   # a plain conversion clamps these to 255: an image all white
+                raise ValueError(f"more than 8 bits a pixel (mode {img.mode}): only in_chans 1 reads such files")
+            elif img.mode != "RGB" or "transparency" in img.info:
                 img = (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
-            return img if turn is None else img.transpose(turn)
-    except Exception as error:      # what Pillow raises depends on what is wrong
-        raise InputError(f"{str(path)!r} cannot be used as an image: {error!r}") from error
+            return array_to_image(np.array(img if turn is None else img.transpose(turn)), in_chans)
+    except Exception as error:      # what is raised depends on what is wrong; Pillow's has an address in it
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else repr(error)
+        raise InputError(f"{str(path)!r} cannot be used as an image: {reason}") from error
+
+
+def read(path):
+    """A file's bytes. Errors that may pass (any but: no such file, no permission) get three more tries."""
+    for pause in (0.2, 1, 5, None):
+        try:
+            with open(path, "rb") as file:
+                return bytearray(file.read())
+        except OSError as error:
+            if pause is None or error.errno in (None, errno.ENOENT, errno.EACCES):
+                raise
+            time.sleep(pause)
+
+
+def array_to_image(array, in_chans):
+    """An array (H, W, C) or (H, W) as an image (C, H, W), uint8 or float32. Raises ValueError."""
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] != in_chans or not array.size:
+        raise ValueError(f"an array {array.shape}, where (H, W, {in_chans}) is needed: in_chans is {in_chans}")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"an array of {array.dtype}, where real numbers are needed")
+    array = array if array.dtype == np.uint8 else array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("an array with NaN or infinity")
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -289,43 +350,69 @@ def refuse(error):
 def leads_back(folder, name):
     """Whether `name` in a folder is a link to that folder itself or to one above it: followed, it would never end."""
     path = os.path.join(folder, name)
-    real = os.path.join(os.path.realpath(path), "")
-    return os.path.islink(path) and os.path.join(os.path.realpath(folder), "").startswith(real)
+    if not os.path.islink(path):        # realpath, below, takes long
+        return False
+    return os.path.join(os.path.realpath(folder), "").startswith(os.path.join(os.path.realpath(path), ""))
 
 
 def inventory(source):
     """What a run trains on, for its checkpoints: the number of images and, of files, a hash of their names in order."""
-    names = b"\n".join(path[len(source.root):] for path in getattr(source, "paths", []))
-    return f"{len(source)}" + (f" ({hashlib.sha256(names).hexdigest()[:12]})" if names else "")
+    if not hasattr(source, "paths"):
+        return f"{len(source)}"
+    digest, root = hashlib.sha256(), len(source.root)
+    for i in range(0, len(source), 65536):
+        names = [path[root:] for path in source.paths[i:i + 65536].tolist()]
+        digest.update(b"\n" * (i > 0) + b"\n".join(names))
+    return f"{len(source)} ({digest.hexdigest()[:12]})"
 
 
 class FolderDataset(Dataset):
-    """Every image below `root`, but hidden ones and reconstruction.png, a run's own. Its class is the folder of `root`
-    that it lies in; if some image lies in none (`stray` is the first of them), the whole set is unlabelled. Raises
-    InputError where there is no image."""
+    """Every image below `root`, but hidden ones and reconstruction.png, a run's own; .npy arrays if there are none, or
+    if `in_chans` is neither 1 nor 3. Its class is the folder of `root` that it lies in; if some image lies in none
+    (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
-    def __init__(self, root):
-        found = []      # (path, the folder of root that it is below, "." for root itself)
-        for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-            subfolders[:] = [name for name in subfolders if name[0] != "." and not leads_back(folder, name)]
-            top = os.path.relpath(folder, root).split(os.sep)[0]
-            found += [(os.path.join(folder, name), top) for name in names
-                      if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "." and name != "reconstruction.png"]
-        found.sort()
-        if not found:
-            raise InputError(f"no image below '{root}' (looked for {' '.join(IMG_EXTENSIONS)})")
-        self.stray = next((path for path, top in found if top == "."), None)
-        self.classes = sorted({top for _, top in found}) if self.stray is None else None
+    def __init__(self, root, in_chans=3):
+        self.in_chans, self.root = in_chans, os.fsencode(root)
+        tell = env_number("RANK", 0) == 0
+        if tell:
+            print(f"listing {root} …", flush=True)
+        files = self.list_files(IMG_EXTENSIONS) if in_chans in (1, 3) else []
+        self.arrays = not files
+        files = files or self.list_files((".npy",))
+        if not files:
+            raise InputError(f"no image below '{root}' (looked for {' '.join(IMG_EXTENSIONS)} .npy)")
+        tops = [os.path.relpath(folder, root).split(os.sep)[0] for folder, _ in files]      # "." for root itself
+        self.stray = min((os.fsdecode(paths[0]) for top, (_, paths) in zip(tops, files) if top == "."), default=None)
+        self.classes = sorted(set(tops)) if self.stray is None else None
         numbers = {name: i for i, name in enumerate(self.classes or [])}
-        self.labels = np.array([numbers[top] if numbers else -1 for _, top in found])
-        self.root = os.fsencode(root)
-        self.paths = np.array([os.fsencode(path) for path, _ in found])     # workers share its memory, not a list's
+        self.labels = np.repeat([numbers.get(top, -1) for top in tops], [len(paths) for _, paths in files])
+        self.paths = np.concatenate([paths for _, paths in files])      # an array, not a list: workers share its memory
+        if (self.paths[:-1] > self.paths[1:]).any():
+            order = self.paths.argsort(kind="stable")
+            self.paths, self.labels = self.paths[order], self.labels[order]
+        if tell:
+            classes = f"{len(self.classes)} classes" if self.classes else "no classes"
+            print(f"{len(self.paths)} images, {classes}, in {root}", flush=True)
+
+    def list_files(self, extensions):
+        """All files with these extensions, as (folder, their sorted paths as an array of bytes) for each folder."""
+        files = []
+        for folder, subfolders, names in os.walk(os.fsdecode(self.root), onerror=refuse, followlinks=True):
+            if {"train", "val"} <= {*subfolders}:
+                raise InputError(f"'{folder}' has train/ and val/: give it as the folder of images, not one above it")
+            subfolders[:] = sorted(name for name in subfolders if name[0] != "." and not leads_back(folder, name))
+            base = os.fsencode(os.path.join(folder, ""))
+            paths = sorted(base + os.fsencode(name) for name in names if name.lower().endswith(extensions)
+                           and name[0] != "." and name != "reconstruction.png")
+            if paths:
+                files.append((folder, np.array(paths)))
+        return files
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return load_rgb(os.fsdecode(self.paths[index])), int(self.labels[index])
+        return load_image(os.fsdecode(self.paths[index]), self.in_chans), int(self.labels[index])
 
 
 class NamedDataset(Dataset):
@@ -353,7 +440,7 @@ class NamedDataset(Dataset):
     def __getitem__(self, index):
         try:
             img, label = self.images[index]
-            return img.convert("RGB"), int(label)
+            return v2.functional.pil_to_tensor(img.convert("RGB")), int(label)
         except Exception as error:      # a broken file: what is raised depends on the data set
             raise InputError(f"image {index} of {self.name} cannot be used: {error!r}") from error
 
@@ -377,7 +464,7 @@ class Shapes(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1), int(self.labels[index])
 
 
 def draw_shape(pattern, random, size=36):
@@ -430,8 +517,8 @@ def draw_shape(pattern, random, size=36):
 # Data: crops, batches, loader
 # ---------------------------------------------------------------------------------------------------------------------
 def train_transform(img_size, scale):
-    """RandomResizedCrop (bicubic, antialiased) of `scale`, the least and the most, of the area, and flip; PIL image to
-    uint8 (3, H, W). Raises InputError."""
+    """RandomResizedCrop (bicubic, antialiased) of `scale`, the least and the most, of the area, and flip, of an image
+    (C, H, W). Raises InputError."""
     if scale[0] > scale[1]:
         raise InputError(f"crops take from {scale[0]:g} to {scale[1]:g} of the area: the first must not be the larger")
     return functools.partial(crop_and_flip, size=pair(img_size), scale=scale)
@@ -441,17 +528,25 @@ def crop_and_flip(img, size, scale):
     """What `train_transform` does to an image. Resized as a tensor: torch's kernel for bytes took a quarter of
     Pillow's time on an AMD EPYC (on 400 photographs the two differed by 0.04 of 256 levels; in none by over 0.4)."""
     top, left, height, width = v2.RandomResizedCrop.get_params(img, scale, (3 / 4, 4 / 3))
-    x = v2.functional.pil_to_tensor(img.crop((left, top, left + width, top + height)))[None]
+    x = img[None, :, top:top + height, left:left + width]
     x = F.interpolate(x, size, mode="bicubic", antialias=True)[0]
     return x.flip(2) if torch.rand(()) < 0.5 else x
 
 
 def eval_transform(img_size):
-    """Resize to 256/224 of the size (above 224: to the size itself), bicubic, and centre crop; to uint8 (3, H, W).
+    """Resize to 256/224 of the size (above 224: to the size itself), bicubic, and centre crop, of an image (C, H, W).
     Where the size isn't square, the image's shorter side is resized by the crop's longer one."""
-    longer = max(pair(img_size))
-    return v2.Compose([v2.Resize(longer * 256 // 224 if longer <= 224 else longer, InterpolationMode.BICUBIC),
-                       v2.CenterCrop(pair(img_size)), v2.PILToTensor()])
+    return functools.partial(resize_and_crop, size=pair(img_size))
+
+
+def resize_and_crop(img, size):
+    """What `eval_transform` does to an image; resized by Pillow where that can (RGB), since published figures are."""
+    longer = max(size)
+    rgb = img.dtype == torch.uint8 and len(img) == 3
+    x = v2.functional.to_pil_image(img) if rgb else img
+    x = v2.functional.resize(x, longer * 256 // 224 if longer <= 224 else longer, InterpolationMode.BICUBIC)
+    x = v2.functional.center_crop(x, size)
+    return v2.functional.pil_to_tensor(x) if rgb else x
 
 
 def seed_from(*numbers):
@@ -506,12 +601,16 @@ class Crops(Dataset):
         return default_collate(imgs), default_collate(labels), {k: v for each in skipped for k, v in each.items()}
 
 
+CHUNK = 64      # images that are loaded, and handed over by a worker, at a time
+
+
 class GlobalBatches:
     """This process's micro-batches of a whole run, as lists of (epoch, index); the last images of an epoch that fill no
     batch are left out, and each epoch is shuffled anew.
 
     A global batch of `batch_size` images belongs to one step; it is cut into `accum_iter` parts, and each part among
-    the processes, so that what a step trains on doesn't depend on their number. `start_step` is where a run goes on.
+    the processes, so that what a step trains on doesn't depend on their number. A process's share of a part comes in
+    `chunks` lists, so that workers share it. `start_step` is where a run goes on.
     Raises InputError where the images don't fill one batch, or a batch cannot be shared equally.
     """
 
@@ -525,9 +624,10 @@ class GlobalBatches:
         if batch_size % (world_size * accum_iter):
             raise InputError(f"a batch of {batch_size} images cannot be shared equally by {world_size} process(es) × "
                              f"{accum_iter} accumulated")
+        self.share = batch_size // (world_size * accum_iter)
+        self.chunks = math.ceil(self.share / CHUNK)
 
     def __iter__(self):
-        share = self.batch_size // (self.world_size * self.accum_iter)
         order = None
         for step in range(self.start_step, self.num_steps):
             epoch, i = divmod(step, self.steps_per_epoch)
@@ -535,8 +635,9 @@ class GlobalBatches:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
                 order = torch.randperm(self.num_images, generator=generator)
             for part in range(self.accum_iter):
-                first = i * self.batch_size + (part * self.world_size + self.rank) * share
-                yield [(epoch, index) for index in order[first:first + share].tolist()]
+                first = i * self.batch_size + (part * self.world_size + self.rank) * self.share
+                for chunk in order[first:first + self.share].split(CHUNK):
+                    yield [(epoch, index) for index in chunk.tolist()]
 
 
 def eval_batches(num_images, batch_size, rank=0, world_size=1):
@@ -552,10 +653,25 @@ def per_channel(numbers, device):
 
 
 def normalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """uint8 images (N, C, H, W) to floats: each channel, in [0, 1], less its mean and over its standard deviation."""
-    return (imgs.float() / 255 - per_channel(mean, imgs.device)) / per_channel(std, imgs.device)
+    """Images (N, C, H, W) to floats: each channel (bytes: in [0, 1]) less its mean, over its standard deviation."""
+    imgs = imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
+    return (imgs - per_channel(tuple(mean), imgs.device)) / per_channel(tuple(std), imgs.device)
 
 
 def denormalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Normalised images (N, C, H, W) back to [0, 1]."""
-    return imgs * per_channel(std, imgs.device) + per_channel(mean, imgs.device)
+    """Normalised images (N, C, H, W) back to their values, bytes in [0, 1]."""
+    return imgs * per_channel(tuple(std), imgs.device) + per_channel(tuple(mean), imgs.device)
+
+
+def channel_statistics(crops, number=1000):
+    """Mean and standard deviation of each channel, two lists: ImageNet's for RGB files, else measured on so many crops,
+    bytes in [0, 1]."""
+    if getattr(crops.source, "in_chans", 3) == 3 and not getattr(crops.source, "arrays", False):
+        return [*IMAGENET_MEAN], [*IMAGENET_STD]
+    generator = torch.Generator().manual_seed(seed_from(crops.seed))
+    chosen = torch.randperm(len(crops), generator=generator)[:number].tolist()
+    imgs = [crops[0, index][0] for index in chosen]
+    imgs = [img.double() / (255 if img.dtype == torch.uint8 else 1) for img in imgs]
+    mean = sum(img.mean(dim=(1, 2)) for img in imgs) / len(imgs)
+    var = sum((img - mean[:, None, None]).square().mean(dim=(1, 2)) for img in imgs) / len(imgs)
+    return mean.tolist(), var.sqrt().clamp(min=1e-6).tolist()

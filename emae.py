@@ -130,8 +130,9 @@ class EMAE(ViT):  # EMAE
     """Masked autoencoder on K complementary masks at once. Raises InputError for sizes that don't fit."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
-                 decoder_depth=8, decoder_num_heads=16, norm_pix=True, parts=4, consistency_weight=1.0):  # EMAE
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+                 decoder_depth=8, decoder_num_heads=16, norm_pix=True, in_chans=3, parts=4,
+                 consistency_weight=1.0):  # EMAE
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
         if self.num_patches % parts or parts < (3 if consistency_weight else 2):
             raise InputError(f"{self.num_patches} patches cannot be cut into {parts} parts, two of which overlap")
@@ -147,7 +148,7 @@ class EMAE(ViT):  # EMAE
         self.decoder_pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -228,7 +229,7 @@ class EMAE(ViT):  # EMAE
         pred = pred.take_along_dim(ids_restore[:, :, None], dim=1)
         return pred.unflatten(0, (-1, self.parts)), mask.unflatten(0, (-1, self.parts))
 
-    def picture(self, imgs):  # EMAE
+    def picture(self, imgs, *channels):  # EMAE
         """Rows of a picture, (N, 3, H, W) in [0, 1]: original; then, for each of the first four parts, masked, and the
         removed patches' prediction pasted in (Figure 3).
 
@@ -243,12 +244,12 @@ class EMAE(ViT):  # EMAE
         rows = [patches[:, 0]]
         for part in range(min(4, self.parts)):
             rows += [masked[:, part], pasted[:, part]]
-        return [denormalize(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
+        return [denormalize(unpatchify(row, self.patch_size, self.grid_size), *channels) for row in rows]
 
 
 def build_model(args):  # EMAE
     """The model that the command line describes."""
-    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
+    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans)
     return EMAE(**size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                 decoder_num_heads=args.decoder_num_heads, norm_pix=args.norm_pix,
                 parts=args.parts, consistency_weight=args.consistency_weight)
@@ -281,8 +282,9 @@ def main(args):
     model = build_model(args)                       # before Run: sizes that don't fit leave no folder behind
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
-    source = load_dataset(args.data, "pretrain", args.data_root)
+    source = load_dataset(args.data, "pretrain", args.data_root, args.in_chans)
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
+    channels = run.channels(crops)                  # their mean and standard deviation
 
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -305,7 +307,7 @@ def main(args):
             for part, (imgs, _) in enumerate(run.parts()):                  # also seeds masks and dropout
                 net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, stats = net(normalize(imgs))
+                    loss, stats = net(normalize(imgs, *channels))
                 scaler.scale(loss / args.accum_iter).backward()
                 run.add(loss, **stats)
             scaler.unscale_(optimizer)
@@ -318,7 +320,7 @@ def main(args):
             run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
         model.eval()
-        run.end_epoch(picture=model.picture(normalize(run.examples())))
+        run.end_epoch(picture=model.picture(normalize(run.examples(), *channels), *channels))
     run.finish(encoder=model.encoder_state_dict())
 
 

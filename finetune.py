@@ -136,8 +136,8 @@ def fill_recipe(args, embed_dim):
 # The encoder, and the classifier around it
 # ---------------------------------------------------------------------------------------------------------------------
 def load_encoder(path):
-    """Reads an encoder: its weights under the public names, the keywords of ViT that they fit, and how many tensors
-    beside them the file has.
+    """Reads an encoder: its weights under the public names, the keywords of ViT that they fit, its channels' mean and
+    standard deviation (None where the file has none), and how many tensors beside the encoder's the file has.
 
     Takes {"model": weights, …} or the weights alone; a decoder, and whatever else a method keeps beside its encoder, is
     left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
@@ -149,22 +149,25 @@ def load_encoder(path):
             if name not in weights:
                 found = "only a decoder" if any(key.startswith("decoder") for key in weights) else "no ViT encoder"
                 raise InputError(f"'{path}' holds {found}: {name} is missing")
-        embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         heads = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in VIT_SIZES.values()}
         if (embed_dim, depth) not in heads:
             raise InputError(f"'{path}' holds an encoder {embed_dim} wide with {depth} blocks: no size in VIT_SIZES")
         num_patches = weights["pos_embed"].shape[1] - 1
         square = math.isqrt(num_patches) * patch_size                                   # public checkpoints are square
-        saved = checkpoint.get("args", {})
-        img_size = saved.get("img_size", square) if isinstance(saved, dict) else square
-        vit = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-                   num_heads=heads[embed_dim, depth])
+        saved = checkpoint.get("args")
+        saved = saved if isinstance(saved, dict) else {}                                # theirs hold a Namespace
+        vit = dict(img_size=saved.get("img_size", square), patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                   num_heads=heads[embed_dim, depth], in_chans=in_chans)
+        channels = [[float(x) for x in saved[name]] if name in saved else None for name in ("mean", "std")]
+        if any(numbers and len(numbers) != in_chans for numbers in channels):
+            raise InputError(f"'{path}': mean or std is not of {in_chans} channels")
         with torch.device("meta"):
             expected = ViT(**vit).state_dict()
         encoder = {name: weights[name] for name in expected if name in weights}
         check_alike(path, "model", encoder, expected, any_float=True)
-    return encoder, vit, len(weights) - len(encoder)
+    return encoder, vit, channels, len(weights) - len(encoder)
 
 
 def resample_pos_embed(pos_embed, old_grid, new_grid):
@@ -319,7 +322,7 @@ def mix(imgs, labels, num_classes, args):
 # ---------------------------------------------------------------------------------------------------------------------
 def load_labelled(args):
     """The training and the validation set, with one numbering of the classes. Raises InputError without labels."""
-    train, val = (load_dataset(args.data, split, args.data_root) for split in ("train", "val"))
+    train, val = (load_dataset(args.data, split, args.data_root, args.in_chans) for split in ("train", "val"))
     for dataset in (train, val):
         if dataset.classes is None:
             raise InputError(f"'{args.data}' has no labels: {dataset.stray} lies in no class folder")
@@ -332,7 +335,7 @@ def load_labelled(args):
 
 
 @torch.no_grad()
-def evaluate(run, model, val_set):
+def evaluate(run, model, val_set, channels):
     """Top-1 and top-5 in %, and the number of images, over all processes."""
     counts = torch.zeros(3, device=run.device)
     model.eval()
@@ -340,7 +343,7 @@ def evaluate(run, model, val_set):
         dist.broadcast(buffer, 0)       # BatchNorm's statistics are the first process's, as in its checkpoint
     for imgs, labels in run.once(val_set, batch_size=256):
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-            logits = model(normalize(imgs))
+            logits = model(normalize(imgs, *channels))
         counts += hits(logits, labels)
     return to_percent(sum(gather(counts.cpu())))
 
@@ -358,33 +361,40 @@ def to_percent(counts):
 
 
 @torch.no_grad()
-def extract_features(run, model, crops, pool):
-    """Features of unit length (N, D) and labels (N,) of the whole data set, on every process."""
-    features = [torch.empty(0, model.cls_token.shape[-1])]
-    labels = [torch.empty(0, dtype=torch.int64)]
+def extract_features(run, model, crops, channels, pool):
+    """Features of unit length (n, D) and labels (n,) of this process's share of a data set."""
+    features = [torch.empty(0, model.cls_token.shape[-1], device=run.device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=run.device)]
     model.eval()
     for imgs, label in run.once(crops, batch_size=256, progress="features"):
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-            x = model.features(normalize(imgs), pool)
-        features.append(F.normalize(x.float(), dim=1).cpu())
-        labels.append(label.cpu())
-    return [torch.cat(gather(torch.cat(parts))).to(run.device) for parts in (features, labels)]
+            x = model.features(normalize(imgs, *channels), pool)
+        features.append(F.normalize(x.float(), dim=1))
+        labels.append(label)
+    return torch.cat(features), torch.cat(labels)
 
 
 def knn_scores(features, bank, bank_labels, num_classes, k, temperature):
-    """Votes (N, classes) for features (N, D): of the k nearest of `bank` (M, D) by cosine, each weighs
-    exp(cosine / temperature), here over the nearest one's weight; both have unit length (Wu et al.,
-    arXiv:1805.01978)."""
-    similarity, nearest = (features @ bank.T).topk(min(k, len(bank)), dim=1)
+    """Votes (N, classes) for features (N, D): of the k nearest by cosine in all processes' banks (M, D), each weighs
+    exp(cosine / temperature), here over the nearest one's weight; all have unit length (Wu et al., arXiv:1805.01978).
+    """
+    near = []                           # the k nearest of each piece of this process's bank: similarities and labels
+    for rows, labels in zip(bank.split(2**16), bank_labels.split(2**16)):
+        similarity, nearest = (features @ rows.T).topk(min(k, len(rows)), dim=1)
+        near.append((similarity.cpu(), labels[nearest].cpu()))
+    near = [piece for pieces in gather(near) for piece in pieces]
+    similarity, labels = (torch.cat(x, dim=1).to(features.device) for x in zip(*near))
+    similarity, nearest = similarity.topk(min(k, similarity.shape[1]), dim=1)
     votes = torch.zeros(len(features), num_classes, device=features.device)
-    return votes.scatter_add(1, bank_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
+    return votes.scatter_add(1, labels.gather(1, nearest), ((similarity - similarity[:, :1]) / temperature).exp())
 
 
 @torch.no_grad()
-def score_knn(run, model, train_set, val_set, args):
-    """As `evaluate`, by k-NN in the training set's features."""
-    bank, bank_labels = extract_features(run, model, train_set, args.pool)
-    features, labels = extract_features(run, model, val_set, args.pool)
+def score_knn(run, model, train_set, val_set, channels, args):
+    """As `evaluate`, by k-NN in the training set's features, of which each process keeps a share."""
+    bank, bank_labels = extract_features(run, model, train_set, channels, args.pool)
+    features, labels = (torch.cat(gather(x.cpu())).to(run.device)
+                        for x in extract_features(run, model, val_set, channels, args.pool))
     counts = torch.zeros(3, device=run.device)
     for x, y in zip(features.split(1024), labels.split(1024)):
         counts += hits(knn_scores(x, bank, bank_labels, len(train_set.source.classes), args.k, args.temperature), y)
@@ -398,12 +408,13 @@ def score_knn(run, model, train_set, val_set, args):
 def main(args):
     """Evaluates one checkpoint in one mode. Returns the result, which is also printed last and saved as result.json."""
     if args.ckpt == "none":
-        weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"]), 0
+        weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"], in_chans=args.in_chans), 0
         vit.update(img_size=32 if args.demo else 224, patch_size=args.patch_size or vit["patch_size"])
     elif (args.model or args.patch_size) and not args.demo:
         raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
     else:
-        weights, vit, left_out = load_encoder(args.ckpt)
+        weights, vit, (mean, std), left_out = load_encoder(args.ckpt)
+        args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
     old_grid = [n // vit["patch_size"] for n in pair(vit["img_size"])]
     vit["img_size"] = args.img_size = list(pair(args.img_size or vit["img_size"]))
     fill_recipe(args, vit["embed_dim"])
@@ -431,11 +442,12 @@ def main(args):
             f"{vit['patch_size']}, {' × '.join(map(str, args.img_size))} pixels, {len(train_set)} images to train, "
             f"{len(val_set)} to validate, {num_classes} classes")
 
-    val_crops = Crops(val_set, eval_transform(args.img_size))
+    train_crops, val_crops = (Crops(dataset, eval_transform(args.img_size)) for dataset in (train_set, val_set))
+    channels = run.channels(train_crops)
     if args.mode == "knn":
-        top1, top5, images = score_knn(run, model, Crops(train_set, eval_transform(args.img_size)), val_crops, args)
+        top1, top5, images = score_knn(run, model, train_crops, val_crops, channels, args)
     else:
-        top1, top5, images = train(run, model, train_set, val_crops, encoder, args)
+        top1, top5, images = train(run, model, train_set, val_crops, channels, encoder, args)
 
     result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": images, "ckpt": args.ckpt,
               "data": args.data}
@@ -446,10 +458,12 @@ def main(args):
     return result
 
 
-def train(run, model, train_set, val_crops, encoder, args):
+def train(run, model, train_set, val_crops, channels, encoder, args):
     """Trains what is not frozen; returns the last epoch's top-1 and top-5 in %, and the number of validation images."""
     device, dtype, regularise, num_classes = run.device, run.dtype, args.mode != "linear", len(train_set.classes)
     transform = train_transform(args.img_size, args.crop_scale)
+    if args.in_chans != 3 or getattr(train_set, "arrays", False):
+        args.rand_augment = False       # it is made for RGB files
     if regularise and args.rand_augment:
         transform = v2.Compose([transform, v2.ToPILImage(), rand_augment, v2.PILToTensor()])
     crops = Crops(train_set, transform, args.seed, args.skip_bad)
@@ -478,7 +492,7 @@ def train(run, model, train_set, val_crops, encoder, args):
                 group["lr"] = lr * group["lr_scale"]
 
             for part, (imgs, labels) in enumerate(run.parts()):             # also seeds mixing and drop path
-                imgs = normalize(imgs)
+                imgs = normalize(imgs, *channels)
                 if regularise:
                     imgs, labels = mix(imgs, labels, num_classes, args)
                 net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
@@ -495,9 +509,9 @@ def train(run, model, train_set, val_crops, encoder, args):
             optimizer.zero_grad()
             run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
-        result = evaluate(run, model, val_crops)
+        result = evaluate(run, model, val_crops, channels)
         run.end_epoch(top1=result[0], top5=result[1])
-    result = result or evaluate(run, model, val_crops)      # of a run that was finished before
+    result = result or evaluate(run, model, val_crops, channels)    # of a run that was finished before
     run.finish()
     return result
 

@@ -120,8 +120,8 @@ class MAE(ViT):
     """Masked autoencoder: the ViT as encoder, a smaller one as decoder. Raises InputError for sizes that don't fit."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
-                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True):
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True, in_chans=3):
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
         self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
         if not 0 < self.len_keep < self.num_patches:
@@ -133,7 +133,7 @@ class MAE(ViT):
         self.decoder_pos_embed = nn.Parameter(F.pad(position, (0, 0, 1, 0))[None], requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -192,7 +192,7 @@ class MAE(ViT):
         mask = torch.ones(ids_restore.shape, device=imgs.device).scatter(1, ids_keep, 0.0)
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
-    def picture(self, imgs):
+    def picture(self, imgs, *channels):
         """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in.
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
@@ -203,12 +203,12 @@ class MAE(ViT):
             mean, std = mean_and_std(patches)
             pred = pred * std + mean
         rows = (patches, patches * (1 - mask), patches * (1 - mask) + pred * mask)
-        return [denormalize(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
+        return [denormalize(unpatchify(row, self.patch_size, self.grid_size), *channels) for row in rows]
 
 
 def build_model(args):
     """The model that the command line describes."""
-    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
+    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans)
     return MAE(**size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                decoder_num_heads=args.decoder_num_heads, mask_ratio=args.mask_ratio, norm_pix=args.norm_pix)
 
@@ -240,8 +240,9 @@ def main(args):
     model = build_model(args)                       # before Run: sizes that don't fit leave no folder behind
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
-    source = load_dataset(args.data, "pretrain", args.data_root)
+    source = load_dataset(args.data, "pretrain", args.data_root, args.in_chans)
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
+    channels = run.channels(crops)                  # their mean and standard deviation
 
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -264,7 +265,7 @@ def main(args):
             for part, (imgs, _) in enumerate(run.parts()):                  # also seeds masks and dropout
                 net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, stats = net(normalize(imgs))
+                    loss, stats = net(normalize(imgs, *channels))
                 scaler.scale(loss / args.accum_iter).backward()
                 run.add(loss, **stats)
             scaler.unscale_(optimizer)
@@ -277,7 +278,7 @@ def main(args):
             run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
         model.eval()
-        run.end_epoch(picture=model.picture(normalize(run.examples())))
+        run.end_epoch(picture=model.picture(normalize(run.examples(), *channels), *channels))
     run.finish(encoder=model.encoder_state_dict())
 
 

@@ -138,14 +138,15 @@ def random_masking(noise, len_keep):
 def patch_statistics(run, crops, patch_size):  # Robust
     """Mean and variance of Eq. 3, each (P·P·3) in float64, of pixels in [0, 1] over all patches of epoch 0's crops.
     Sums of bytes and of their squares in 64-bit integers are exact, in whatever order processes add them."""
-    sums = torch.zeros(2, patch_size**2 * 3, dtype=torch.int64, device=run.device)
-    count = 0
+    sums, count, scale = torch.zeros(2, 1, dtype=torch.int64, device=run.device), 0, 1
     for imgs, _ in run.once(crops, batch_size=64, progress="patch statistics"):
-        patches = patchify(imgs, patch_size).flatten(0, 1).long()                        # (N·L, P·P·3)
-        sums += torch.stack([patches.sum(dim=0), patches.square().sum(dim=0)])
+        patches = patchify(imgs, patch_size).flatten(0, 1)                               # (N·L, P·P·3)
+        if imgs.dtype == torch.uint8:
+            patches, scale = patches.long(), 255
+        sums = sums + torch.stack([patches.sum(dim=0), patches.square().sum(dim=0)])
         count += len(patches)
     mean, square = sum(gather(sums.cpu())).double() / sum(gather(count))
-    return mean / 255, (square - mean**2) / 255**2
+    return mean / scale, (square - mean**2) / scale**2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,9 +156,9 @@ class RobustMAE(ViT):  # Robust
     """Masked autoencoder with drop edge and globally normalised targets. Raises InputError for sizes that don't fit."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
-                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True,
+                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True, in_chans=3,
                  drop_edge=0.3, target="patch", mid_ratio=0.0, mid_depth=None):  # Robust
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
         self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
         if not 0 < self.len_keep < self.num_patches:
@@ -172,11 +173,12 @@ class RobustMAE(ViT):  # Robust
             raise InputError(f"mid_depth needs mid_ratio, and is from 0 to {depth - 1}")
         if self.mid_count:
             self.mid_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        # A patch vector's order is (row, column, channel)
-        self.register_buffer("rgb_mean", torch.tensor(IMAGENET_MEAN).repeat(patch_size**2), persistent=False)
-        self.register_buffer("rgb_std", torch.tensor(IMAGENET_STD).repeat(patch_size**2), persistent=False)
-        self.register_buffer("patch_mean", torch.zeros(patch_size**2 * 3))               # μ and σ², Eq. 3: set by main
-        self.register_buffer("patch_var", torch.ones(patch_size**2 * 3))
+        # A patch vector's order is (row, column, channel); main sets all four: by channel, and by place as in Eq. 3
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ([0.0] * in_chans, [1.0] * in_chans)
+        self.register_buffer("rgb_mean", torch.tensor(mean).repeat(patch_size**2))
+        self.register_buffer("rgb_std", torch.tensor(std).repeat(patch_size**2))
+        self.register_buffer("patch_mean", torch.zeros(patch_size**2 * in_chans))        # μ and σ², Eq. 3
+        self.register_buffer("patch_var", torch.ones(patch_size**2 * in_chans))
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         position = sincos_pos_embed(decoder_embed_dim, self.grid_size)
@@ -184,7 +186,7 @@ class RobustMAE(ViT):  # Robust
         self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, attn_drop=drop_edge)
                                             for _ in range(decoder_depth))              # drop edge, Section 2.1
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.initialize_weights()
 
     def initialize_weights(self):  # Robust
@@ -262,7 +264,7 @@ class RobustMAE(ViT):  # Robust
         mask = torch.ones(ids_restore.shape, device=imgs.device).scatter(1, ids_keep, 0.0)
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
-    def picture(self, imgs):  # Robust
+    def picture(self, imgs, *channels):  # Robust
         """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in.
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's. That is
@@ -275,12 +277,12 @@ class RobustMAE(ViT):  # Robust
             pred = pred * std + mean
         pred = self.undo_inter_patch_norm(pred)
         rows = (patches, patches * (1 - mask), patches * (1 - mask) + pred * mask)
-        return [denormalize(unpatchify(row, self.patch_size, self.grid_size)) for row in rows]
+        return [denormalize(unpatchify(row, self.patch_size, self.grid_size), *channels) for row in rows]
 
 
 def build_model(args):  # Robust
     """The model that the command line describes."""
-    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
+    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans)
     return RobustMAE(**size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                      decoder_num_heads=args.decoder_num_heads, mask_ratio=args.mask_ratio, norm_pix=args.norm_pix,
                      drop_edge=args.drop_edge, target=args.target, mid_ratio=args.mid_ratio, mid_depth=args.mid_depth)
@@ -313,8 +315,9 @@ def main(args):
     model = build_model(args)                       # before Run: sizes that don't fit leave no folder behind
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
-    source = load_dataset(args.data, "pretrain", args.data_root)
+    source = load_dataset(args.data, "pretrain", args.data_root, args.in_chans)
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
+    channels = run.channels(crops)                  # their mean and standard deviation
 
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -322,6 +325,7 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run.resume(crops, model, optimizer, scaler, init_from=args.init_from)
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
+    model.rgb_mean[:], model.rgb_std[:] = (torch.tensor(x).repeat(args.patch_size**2) for x in channels)  # Robust
     if run.step == 0 and args.target == "patch":  # Robust: Eq. 3, from then on in the checkpoint
         model.patch_mean[:], model.patch_var[:] = patch_statistics(run, crops, args.patch_size)  # Robust: Eq. 3
     if args.compile:
@@ -339,7 +343,7 @@ def main(args):
             for part, (imgs, _) in enumerate(run.parts()):                  # also seeds masks and dropout
                 net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, stats = net(normalize(imgs))
+                    loss, stats = net(normalize(imgs, *channels))
                 scaler.scale(loss / args.accum_iter).backward()
                 run.add(loss, **stats)
             scaler.unscale_(optimizer)
@@ -352,7 +356,7 @@ def main(args):
             run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
         model.eval()
-        run.end_epoch(picture=model.picture(normalize(run.examples())))
+        run.end_epoch(picture=model.picture(normalize(run.examples(), *channels), *channels))
     run.finish(encoder=model.encoder_state_dict())
 
 

@@ -22,6 +22,7 @@ it resumes, and repeats what follows the inner loop.
 import argparse
 import ast
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -43,7 +45,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import common
-from common import ENCODER_PARTS, GlobalBatches, InputError, env_number, eval_batches, inventory, seed_from
+from common import (CHUNK, ENCODER_PARTS, GlobalBatches, InputError, channel_statistics, env_number, eval_batches,
+                    inventory, seed_from)
 
 try:
     import fcntl
@@ -52,7 +55,7 @@ except ImportError:     # Windows
 
 # What may differ when a run resumes: where and how it computes, and what may save a run that diverged
 MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "save_minutes", "device", "compile",
-              "demo", "amp", "clip_grad", "images"}
+              "demo", "amp", "clip_grad", "images", "show"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +80,11 @@ def parse_args(parser, argv=None, demo=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
     data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
+    data.add_argument("--in_chans", type=number(int, "[1, 1024]"), default=3, help="channels of the images")
+    data.add_argument("--mean", type=float, nargs="+", help="of each channel, bytes in [0, 1] (default: ImageNet's for "
+                      "RGB files, else measured on 1,000 images)")
+    data.add_argument("--std", type=number(float, "(0, inf)"), nargs="+", help="the same")
+    data.add_argument("--show", type=number(int, "[0, 1023]"), nargs=3, default=[0, 1, 2], help="channels in pictures")
     data.add_argument("--num_workers", type=number(int, "[0, 1024]"), help="workers per process (default: its cores)")
     data.add_argument("--skip_bad", type=number(int, "[0, inf)"), default=0, help="replace at most this many bad files")
 
@@ -99,6 +107,9 @@ def parse_args(parser, argv=None, demo=None):
     if "--demo" in argv:
         parser.set_defaults(**(demo or {}))
     args = parser.parse_args(argv)
+    for name in ("mean", "std"):
+        if getattr(args, name) is not None and len(getattr(args, name)) != args.in_chans:
+            raise InputError(f"--{name} takes {args.in_chans} numbers, one a channel (--in_chans)")
     args._defaults = {name: parser.get_default(name) for name in vars(args)}    # for arguments newer than a checkpoint
     return args
 
@@ -169,6 +180,17 @@ class Run:
             take(self.output)
         self._signals = Signals(self.rank, args.save_minutes)
 
+    def channels(self, crops):
+        """Mean and standard deviation of each channel, for `normalize`: as given, or else ImageNet's or measured. They
+        are part of the run from then on."""
+        args = self.args
+        if not (args.mean and args.std):
+            mean, std = channel_statistics(crops)
+            args.mean, args.std = args.mean or mean, args.std or std
+            mean, std = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (args.mean, args.std))
+            self.say(f"channels: --mean {mean} --std {std}")
+        return args.mean, args.std
+
     def resume(self, crops, model, optimizer, scaler, init_from=None, **recipe):
         """Restores model, optimiser (its rate still 0) and scaler from OUTPUT/last.pt. If there is none a new run
         begins, from the weights of the checkpoint `init_from` if given.
@@ -180,7 +202,7 @@ class Run:
         self._crops, self._model, self._optimizer, self._scaler = crops, model, optimizer, scaler
         batches = GlobalBatches(len(crops), args.batch_size, args.epochs, args.accum_iter, self.rank, self.world_size,
                                 args.seed)
-        self.step, self.steps_per_epoch = 0, batches.steps_per_epoch
+        self.step, self.steps_per_epoch, self._chunks = 0, batches.steps_per_epoch, batches.chunks
         own = {name: value for name, value in vars(args).items() if name not in ("_defaults", "no_resume")}
         self._recipe = {**own, **recipe, "images": inventory(crops.source), "steps_per_epoch": self.steps_per_epoch}
         self._begin_epoch()
@@ -241,7 +263,8 @@ class Run:
         run that was never cut off, and there is no random state to save.
         """
         for part in range(self.args.accum_iter):
-            batch = self._to_device(next(self._batches))
+            chunks = zip(*(self._to_device(next(self._batches)) for _ in range(self._chunks)))
+            batch = [torch.cat(x) if torch.is_tensor(x[0]) else sum(x, []) for x in chunks]
             torch.manual_seed(seed_from(self.args.seed, self.step, part * self.world_size + self.rank))
             yield batch
             if self._added != part + 1:
@@ -287,13 +310,13 @@ class Run:
 
     def end_epoch(self, picture=None, **more):
         """Writes the epoch's line into OUTPUT/log.jsonl: the statistics' means, and `more`. With it the epoch is over.
-        `picture`: rows of images (N, 3, H, W) in [0, 1], for OUTPUT/reconstruction.png. Raises OSError."""
+        `picture`: rows of images (N, C, H, W), the first as they are, for OUTPUT/reconstruction.png. Raises OSError."""
         if self.step != (self.epoch + 1) * self.steps_per_epoch:
             raise RuntimeError("run.end_epoch() comes after the epoch's last step: do not leave run.steps() early")
         totals = gather(self._totals.tolist())                              # (processes, statistics)
         if self.rank == 0:
             if picture is not None:
-                save_picture(picture, self.output / "reconstruction.png")
+                save_picture(picture, self.output / "reconstruction.png", self.args.show)
             means = [sum(column) / len(totals) / self._count for column in zip(*totals)]
             line = {"epoch": self.epoch, **dict(zip(self._names, means)), **more, "lr": self._lr,
                     "seconds": self._seconds, "images_per_s": self._count * self.args.batch_size / self._seconds}
@@ -574,9 +597,17 @@ def append(line, path):
         os.fsync(file.fileno())
 
 
-def save_picture(rows, path):
-    """One PNG: a row of the grid for each of `rows`, images (N, 3, H, W) in [0, 1]."""
-    imgs = torch.cat([row.float().clamp(0, 1).cpu() for row in rows])
+def save_picture(rows, path, show=(0, 1, 2)):
+    """One PNG: a row of the grid for each of `rows`, images (N, C, H, W): the channels `show`, or the first as grey; a
+    row may be RGB instead. If the first row's values leave [0, 1], its 1st to 99th percentile is shown."""
+    rows, channels = [row.float().cpu() for row in rows], rows[0].shape[1]
+    low, high = torch.from_numpy(np.quantile(rows[0], [0.01, 0.99], axis=(0, 2, 3), keepdims=True)).float()
+    stretch = rows[0].min() < -1e-3 or rows[0].max() > 1.001                                    # no bytes
+    for i, row in enumerate(rows):
+        if row.shape[1] == channels:
+            row = (row - low) / (high - low) if stretch else row
+            rows[i] = row[:, [*show] if channels >= 3 else [0, 0, 0]]
+    imgs = torch.cat(rows).clamp(0, 1)
     save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
 
 
@@ -741,13 +772,21 @@ def make_loader(crops, batches, num_workers, device):
     ahead workers are. Raises InputError if there is more than may be skipped. `num_workers` None: this process's share
     of the cores.
     """
+    processes = env_number("LOCAL_WORLD_SIZE", 1, least=1)
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(16, cores // env_number("LOCAL_WORLD_SIZE", 1, least=1))
+        num_workers = cores // processes
+    ahead = math.ceil(getattr(batches, "chunks", 1) / num_workers) + 1 if num_workers else None     # a part of a step
+    if num_workers and os.path.isdir("/dev/shm"):       # in a container it may be small
+        room = shutil.disk_usage("/dev/shm").free / 2 / processes
+        most = max(1, int(room / (CHUNK * crops[0, 0][0].nbytes)) - 1)
+        if num_workers * ahead > most:
+            num_workers, ahead = min(num_workers, most), max(1, most // num_workers)
+            print(f"/dev/shm has little room: {num_workers} workers, which load {ahead} × {CHUNK} images ahead")
     context = "fork" if num_workers and sys.platform == "linux" else None   # a fork server would not outlive a signal
     loader = iter(DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=crops.collate,
                              pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone,
-                             multiprocessing_context=context))
+                             multiprocessing_context=context, prefetch_factor=ahead))
     if num_workers and hasattr(signal, "SIGCHLD"):      # else torch raises a worker's death in the midst of anything;
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # next() asks for it as well, every 5 s that it waits
     while True:
@@ -756,9 +795,11 @@ def make_loader(crops, batches, num_workers, device):
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+            if "DataLoader worker (pid" not in str(error) and "shared memory" not in str(error):
                 raise
-            raise OSError(f"a loader process died; if memory was short, lower --num_workers ({error})") from error
+            raise OSError("a loader process died, or found no room in /dev/shm: give a container more (docker run "
+                          "--shm-size=8g, or --ipc=host), lower --num_workers, or raise --accum_iter "
+                          f"({str(error).splitlines()[-1]})") from error
         for reason in news.keys() - crops.skipped.keys():
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
         crops.merge(news)
@@ -768,6 +809,7 @@ def make_loader(crops, batches, num_workers, device):
 def leave_signals_alone(worker):
     """In a loader's worker: signals, which are often sent to all processes of a job, are left to the main process,
     which needs its workers until it has saved. Its own SIGTERM ends them."""
+    gc.freeze()     # a collection would touch, and so copy, all that is shared with the main process
     for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):      # else (macOS) a SIGTERM to all processes ends workers

@@ -168,9 +168,9 @@ class SdAE(ViT):  # SdAE
     """Masked autoencoder that predicts its own teacher's features. Raises InputError for sizes that don't fit."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
-                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, teacher_norm=True,
+                 decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, in_chans=3, teacher_norm=True,
                  teacher_input="folds", folds=3, teacher_tokens=None, cosine_over="tokens", drop_path=0.25):  # SdAE
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path=drop_path)
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path=drop_path, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
         self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
         if not 0 < self.len_keep < self.num_patches:
@@ -192,7 +192,7 @@ class SdAE(ViT):  # SdAE
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, embed_dim)
         self.initialize_weights()
-        self.teacher = ViT(img_size, patch_size, embed_dim, depth, num_heads).requires_grad_(False)
+        self.teacher = ViT(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans).requires_grad_(False)
         self.teacher.load_state_dict(self.encoder_state_dict())         # starts as the student's copy
 
     def initialize_weights(self):
@@ -265,7 +265,7 @@ class SdAE(ViT):  # SdAE
         mask = torch.ones(ids_restore.shape, device=imgs.device).scatter(1, ids_keep, 0.0)
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
-    def picture(self, imgs):  # SdAE
+    def picture(self, imgs, *channels):  # SdAE
         """Rows of a picture, (N, 3, H, W) in [0, 1]: original; masked; each patch's cosine of target and prediction
         (over features, whatever the loss) from red, the picture's lowest, to green, 1; the teacher's features and the
         prediction as the former's first three principal components in colour. Patches without a target are black."""
@@ -289,14 +289,14 @@ class SdAE(ViT):  # SdAE
         axes = axes[:, -3:].flip(1)
         axes = axes / (4 * ((target - mean) @ axes).std(dim=(0, 1)) + 1e-6)              # ± 2 standard deviations
         masked = unpatchify(patches * (1 - mask[:, :, None].to(imgs.device)), self.patch_size, self.grid_size)
-        return [denormalize(imgs), denormalize(masked),
+        return [denormalize(imgs, *channels), denormalize(masked, *channels),
                 paint(torch.stack([error, 1 - error, torch.zeros_like(error)], dim=2)),
                 *(paint(0.5 + (features - mean) @ axes) for features in (target, pred))]
 
 
 def build_model(args):  # SdAE
     """The model that the command line describes."""
-    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
+    size = dict(VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans)
     return SdAE(**size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                 decoder_num_heads=args.decoder_num_heads, mask_ratio=args.mask_ratio, teacher_norm=args.teacher_norm,
                 teacher_input=args.teacher_input, folds=args.folds, teacher_tokens=args.teacher_tokens,
@@ -337,8 +337,9 @@ def main(args):
     model = build_model(args)                       # before Run: sizes that don't fit leave no folder behind
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
-    source = load_dataset(args.data, "pretrain", args.data_root)
+    source = load_dataset(args.data, "pretrain", args.data_root, args.in_chans)
     crops = Crops(source, train_transform(args.img_size, args.crop_scale), args.seed, args.skip_bad)
+    channels = run.channels(crops)                  # their mean and standard deviation
 
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -364,7 +365,7 @@ def main(args):
             for part, (imgs, _) in enumerate(run.parts()):                  # also seeds masks and dropout
                 net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, stats = net(normalize(imgs))
+                    loss, stats = net(normalize(imgs, *channels))
                 scaler.scale(loss / args.accum_iter).backward()
                 run.add(loss, **stats)
             scaler.unscale_(optimizer)
@@ -379,7 +380,7 @@ def main(args):
             run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
         model.eval()
-        run.end_epoch(picture=model.picture(normalize(run.examples())))
+        run.end_epoch(picture=model.picture(normalize(run.examples(), *channels), *channels))
     run.finish(encoder=model.encoder_state_dict())
 
 

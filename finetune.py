@@ -1,8 +1,8 @@
-"""What pre-trained features are worth: fine-tuning, linear probing, partial fine-tuning and k-NN, as in the MAE paper.
+"""What pre-trained features are worth: fine-tuning, linear probing, partial fine-tuning and k-NN.
 
-    python finetune.py --ckpt runs/mae/encoder.pt --data imagenet            # everything trains (Table 9)
-    python finetune.py --ckpt runs/mae/encoder.pt --mode linear              # a layer on frozen features (Table 10)
-    python finetune.py --ckpt runs/mae/encoder.pt --mode partial --blocks 4  # the last blocks train (Figure 9)
+    python finetune.py --ckpt runs/mae/encoder.pt --data imagenet            # everything trains
+    python finetune.py --ckpt runs/mae/encoder.pt --mode linear              # a layer on frozen features
+    python finetune.py --ckpt runs/mae/encoder.pt --mode partial --blocks 4  # the last blocks train (MAE's Figure 9)
     python finetune.py --ckpt runs/mae/encoder.pt --mode knn                 # no training: the quick look
     torchrun --nproc_per_node 8 finetune.py --ckpt runs/mae/encoder.pt       # several GPUs
     python finetune.py --demo --ckpt runs/mae/last.pt --mode linear          # a laptop CPU, on drawn images
@@ -10,19 +10,22 @@
 `--ckpt` takes a method script's last.pt or encoder.pt, a public MAE checkpoint, or `none` for random weights.
 The result is the last line printed and OUTPUT/result.json: accuracy of the last epoch, not of the best one.
 
-The recipe's defaults depend on the encoder's size (B: up to 768 wide, L: 1024, H: 1280). Chosen where the papers are
-silent or differ:
+The defaults are the recipe of MAE's released code, whose authors call it "slightly different from the default baseline
+using unnormalized pixels" (its FINETUNE.md), by the encoder's size (B: up to 768 wide, L: 1024, H: 1280). --recipe
+paper is MAE's Tables 9 and 10, --recipe scratch its Table 11. Chosen where the papers are silent or differ:
 - Partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
   --epochs); 0 blocks is linear probing. In fine-tuning and partial fine-tuning the norm before the head trains.
-- SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10`, EMAE with `--blr 1e-3`: not the defaults.
+- SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10` (A.1), EMAE with `--blr 1e-3` (Section 4.2).
 - Random weights (`--ckpt none`) train without layer-wise decay: there is nothing in the lower layers to preserve.
 - RandAugment is timm's `rand-m9-mstd0.5-inc1`, op by op. Mixup's and cutmix's partner is the batch's previous image.
 - Positions are resampled, bicubic and antialiased, when the image size differs from pre-training's.
 """
 import argparse
+import csv
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +41,27 @@ from common import (VIT_SIZES, Crops, InputError, ViT, check_vit, eval_transform
                     train_transform)
 from runs import Run, check_alike, gather, launch, load, number, parse_args, reading
 
-FINETUNE = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg")
+RELEASED = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg", erasing=0.25,
+                beta2=0.999)
+PAPER = dict(RELEASED, blr=1e-3, layer_decay=0.75, erasing=0.0)                             # MAE's Table 9
+SCRATCH = dict(RELEASED, batch_size=4096, blr=1e-4, weight_decay=0.3, warmup_epochs=20,     # MAE's Table 11
+               layer_decay=1.0, erasing=0.0, beta2=0.95)
 LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0,
-              drop_path=0.0)
-RECIPES = {
-    ("finetune", "B"): dict(FINETUNE, epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1),
-    ("finetune", "L"): dict(FINETUNE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
-    ("finetune", "H"): dict(FINETUNE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
-    ("linear", "B"): dict(LINEAR, epochs=90),
-    ("linear", "L"): dict(LINEAR, epochs=50),
-    ("linear", "H"): dict(LINEAR, epochs=50),
+              drop_path=0.0)                                                                # MAE's Table 10
+RECIPES = {  # of a name, a kind of training, and an encoder's size
+    ("released", "finetune", "B"): dict(RELEASED, epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1),
+    ("released", "finetune", "L"): dict(RELEASED, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    ("released", "finetune", "H"): dict(RELEASED, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+    ("released", "linear", "B"): dict(LINEAR, epochs=90),
+    ("released", "linear", "L"): dict(LINEAR, epochs=50),
+    ("released", "linear", "H"): dict(LINEAR, epochs=50),
+    ("paper", "finetune", "B"): dict(PAPER, epochs=100, drop_path=0.1),
+    ("paper", "finetune", "L"): dict(PAPER, epochs=50, drop_path=0.1),
+    ("paper", "finetune", "H"): dict(PAPER, epochs=50, drop_path=0.2),
+    **{("paper", "linear", size): dict(LINEAR, epochs=90) for size in "BLH"},
+    ("scratch", "finetune", "B"): dict(SCRATCH, epochs=300, drop_path=0.1),
+    ("scratch", "finetune", "L"): dict(SCRATCH, epochs=200, drop_path=0.2),
+    ("scratch", "finetune", "H"): dict(SCRATCH, epochs=200, drop_path=0.2),
 }
 DEMO = {  # small data wants many small steps; so early in training the cls token has learnt little: pool the patches
     "finetune": dict(epochs=10, batch_size=64, blr=4e-3, warmup_epochs=1, drop_path=0.0, pool="avg"),
@@ -67,9 +81,13 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
-    parser.add_argument("--mode", choices=["finetune", "linear", "partial", "knn"], default="finetune")
+    parser.add_argument("--mode", choices=["finetune", "linear", "partial", "knn", "eval"], default="finetune")
+    parser.add_argument("--recipe", choices=["released", "paper", "scratch"], default="released",
+                        help="the released code's; MAE's Tables 9 and 10; its Table 11, from random weights")
     parser.add_argument("--blocks", type=number(int, "[0, inf)"), default=4,
                         help="partial: how many of the last blocks train")
+    parser.add_argument("--classes", help="eval: a folder of class folders, or a file with a name per line, in the "
+                        "order of the classifier's outputs (default: the checkpoint's, else those of --data)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none: the encoder (default: vit_base)")
@@ -78,31 +96,29 @@ def get_args(argv=None):
                        help="pixels: one or two (default: as pre-trained)")
     model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
                        "(default: avg for finetune and partial, cls for linear and knn)")
-    model.add_argument("--drop_path", type=number(float, "[0, 1)"), help="default: B 0.1, L 0.2, H 0.3; linear 0")
+    model.add_argument("--drop_path", type=number(float, "[0, 1)"), help="the last block's (default: the recipe's)")
 
-    optim = parser.add_argument_group("optimisation (Tables 9 and 10)")
-    optim.add_argument("--epochs", type=number(int, "[1, inf)"),
-                       help="default: finetune B 100, L and H 50; linear B 90, L and H 50")
-    optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"), help="default: 5; linear 10")
-    optim.add_argument("--batch_size", type=number(int, "[1, inf)"),
-                       help="images per step, all processes (default: 1024; linear 16384)")
+    optim = parser.add_argument_group("optimisation (default: the recipe's)")
+    optim.add_argument("--epochs", type=number(int, "[1, inf)"))
+    optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"))
+    optim.add_argument("--batch_size", type=number(int, "[1, inf)"), help="images per step, all processes")
     optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1,
                        help="parts in which a process computes its share")
-    optim.add_argument("--blr", type=number(float, "(0, inf)"),
-                       help="lr = blr · batch_size / 256 (default: B 5e-4, L, H 1e-3; linear 0.1)")
-    optim.add_argument("--min_lr", type=number(float, "[0, inf)"),
-                       help="where the cosine ends (default: 1e-6; linear 0)")
-    optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), help="default: 0.05; linear 0")
+    optim.add_argument("--blr", type=number(float, "(0, inf)"), help="lr = blr · batch_size / 256")
+    optim.add_argument("--min_lr", type=number(float, "[0, inf)"), help="where the cosine ends")
+    optim.add_argument("--weight_decay", type=number(float, "[0, inf)"))
+    optim.add_argument("--beta2", type=number(float, "[0, 1)"), help="of AdamW")
     optim.add_argument("--layer_decay", type=number(float, "(0, 1]"), help="rate of a block over that of the next "
-                       "(default: B 0.65, L and H 0.75; random weights 1)")
+                       "(random weights: 1)")
     optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
 
-    regular = parser.add_argument_group("regularisation, finetune and partial (Table 9)")
+    regular = parser.add_argument_group("regularisation, finetune and partial")
     regular.add_argument("--crop_scale", type=number(float, "(0, 1]"), nargs=2, default=[0.08, 1.0],
                          help="area of RandomResizedCrop; linear too")
     regular.add_argument("--rand_augment", action=argparse.BooleanOptionalAction, default=True)
     regular.add_argument("--smoothing", type=number(float, "[0, 1)"), default=0.1, help="label smoothing")
-    regular.add_argument("--erasing", type=number(float, "[0, 1]"), default=0.25, help="probability of random erasing")
+    regular.add_argument("--erasing", type=number(float, "[0, 1]"), help="probability of random erasing (default: the "
+                         "recipe's)")
     regular.add_argument("--mixup", type=number(float, "[0, inf)"), default=0.8, help="Beta parameter, 0 for none")
     regular.add_argument("--cutmix", type=number(float, "[0, inf)"), default=1.0, help="Beta parameter, 0 for none")
 
@@ -114,6 +130,8 @@ def get_args(argv=None):
     args = parse_args(parser, argv, demo=DEMO["all"])
     if args.mode == "partial" and args.blocks == 0:
         args.mode = "linear"
+    if args.mode == "eval" and args.ckpt == "none":
+        raise InputError("--mode eval needs a classifier: --ckpt takes a last.pt of finetune.py, or a public one")
     if args.output_dir is None:
         args.output_dir = str((Path("runs/none") if args.ckpt == "none" else Path(args.ckpt).parent) / args.mode)
     return args
@@ -122,9 +140,12 @@ def get_args(argv=None):
 def fill_recipe(args, embed_dim):
     """Sets what the command line left open, by mode and size. Raises InputError."""
     size = "B" if embed_dim <= 768 else "L" if embed_dim <= 1024 else "H"
-    kind = "linear" if args.mode == "knn" else args.mode if args.mode == "linear" else "finetune"
+    kind = "linear" if args.mode in ("knn", "linear") else "finetune"
+    if args.recipe == "scratch" and (kind == "linear" or args.ckpt != "none"):
+        raise InputError("--recipe scratch is for --mode finetune or partial with --ckpt none")
     scratch = dict(layer_decay=1.0) if args.ckpt == "none" else {}      # random weights: nothing to preserve
-    recipe = {**RECIPES[kind, size], **scratch, **(DEMO["knn" if args.mode == "knn" else kind] if args.demo else {})}
+    demo = DEMO["knn" if args.mode == "knn" else kind] if args.demo else {}
+    recipe = {**RECIPES[args.recipe, kind, size], **scratch, **demo}
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -135,14 +156,10 @@ def fill_recipe(args, embed_dim):
 # ---------------------------------------------------------------------------------------------------------------------
 # The encoder, and the classifier around it
 # ---------------------------------------------------------------------------------------------------------------------
-def load_encoder(path):
-    """Reads an encoder: its weights under the public names, the keywords of ViT that they fit, its channels' mean and
-    standard deviation (None where the file has none), and how many tensors beside the encoder's the file has.
-
-    Takes {"model": weights, …} or the weights alone; a decoder, and whatever else a method keeps beside its encoder, is
-    left out. Nothing but plain containers, tensors and argparse.Namespace is unpickled. Raises InputError.
-    """
-    checkpoint = load(path)
+def describe(path, checkpoint):
+    """Of a checkpoint, {"model": weights, …} or the weights alone: the weights, the keywords of ViT that its encoder
+    fits, its channels' mean and standard deviation (None where it has none), and the arguments saved with it. Raises
+    InputError."""
     with reading(path):
         weights = checkpoint.get("model", checkpoint)
         for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
@@ -163,11 +180,48 @@ def load_encoder(path):
         channels = [[float(x) for x in saved[name]] if name in saved else None for name in ("mean", "std")]
         if any(numbers and len(numbers) != in_chans for numbers in channels):
             raise InputError(f"'{path}': mean or std is not of {in_chans} channels")
+    return weights, vit, channels, saved
+
+
+def load_encoder(path):
+    """Reads an encoder: its weights under the public names, the keywords of ViT that they fit, its channels' mean and
+    standard deviation (None where the file has none), and how many tensors beside the encoder's the file has.
+
+    A decoder, and whatever else a method keeps beside its encoder, is left out. Nothing but plain containers, tensors
+    and argparse.Namespace is unpickled. Raises InputError.
+    """
+    weights, vit, channels, _ = describe(path, load(path))
+    with reading(path):
         with torch.device("meta"):
             expected = ViT(**vit).state_dict()
         encoder = {name: weights[name] for name in expected if name in weights}
         check_alike(path, "model", encoder, expected, any_float=True)
     return encoder, vit, channels, len(weights) - len(encoder)
+
+
+def load_classifier(path, img_size):
+    """Reads a fine-tuned model, a last.pt of this script or a public one: the Classifier, for another image size if
+    that is not None, its channels' mean and standard deviation, and its classes' names (None where it has none). Raises
+    InputError."""
+    weights, vit, channels, saved = describe(path, load(path))
+    with reading(path):
+        probe = "head.1.weight" in weights                              # Linear after BatchNorm
+        if not probe and "head.weight" not in weights:
+            raise InputError(f"'{path}' holds no classifier: --mode eval takes a last.pt of finetune.py")
+        num_classes = len(weights["head.1.weight" if probe else "head.weight"])
+        pool = "avg" if "fc_norm.weight" in weights else saved.get("pool", "cls")
+        with torch.device("meta"):
+            expected = Classifier(num_classes, pool, probe, **vit).state_dict()
+        taken = {name: weights[name] for name in expected if name in weights}
+        check_alike(path, "model", taken, expected, any_float=True)
+        classes = [str(name) for name in saved["class_names"]] if "class_names" in saved else None
+        if classes and len(classes) != num_classes:
+            raise InputError(f"'{path}' has {num_classes} outputs, and the names of {len(classes)} classes")
+    old_grid = [n // vit["patch_size"] for n in pair(vit["img_size"])]
+    vit["img_size"] = img_size or vit["img_size"]
+    model = Classifier(num_classes, pool, probe, **vit)
+    model.load_state_dict({**taken, "pos_embed": resample_pos_embed(taken["pos_embed"], old_grid, model.grid_size)})
+    return model, vit, channels, classes
 
 
 def resample_pos_embed(pos_embed, old_grid, new_grid):
@@ -402,11 +456,58 @@ def score_knn(run, model, train_set, val_set, channels, args):
     return to_percent(counts)
 
 
+@torch.no_grad()
+def score(args):
+    """--mode eval: scores a classifier on a folder, without training. Writes OUTPUT/predictions.csv; returns the Run,
+    top-1 and top-5 in % (None without labels) and the number of images. If a folder has only some of the classes, matched
+    by name, only these are predicted, as ImageNet-A and -R are scored. Raises InputError."""
+    model, vit, (mean, std), names = load_classifier(args.ckpt, args.img_size)
+    args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
+    args.img_size = list(pair(vit["img_size"]))
+    run = Run(args, __file__)
+    held_out = not os.path.isdir(args.data) or os.path.isdir(os.path.join(args.data, "val"))
+    images = load_dataset(args.data, "val" if held_out else "pretrain", args.data_root, args.in_chans)
+    num_classes = model.head[-1].out_features if isinstance(model.head, nn.Sequential) else model.head.out_features
+    if args.classes and os.path.isdir(args.classes):
+        names = sorted(entry.name for entry in os.scandir(args.classes) if entry.is_dir())
+    elif args.classes:
+        names = Path(args.classes).read_text().split("\n")
+        names = names[:-1] if names[-1] == "" else names
+    names = names or images.classes or [str(i) for i in range(num_classes)]
+    unknown = sorted(set(images.classes or []) - set(names))
+    if len(names) != num_classes or unknown:
+        raise InputError(f"the classifier has {num_classes} classes, and there are names of {len(names)}"
+                         f"{f', without {unknown[0]} of --data' if unknown else ''}: name them by --classes")
+    kept = torch.tensor([names.index(name) for name in images.classes or names], device=run.device)
+
+    crops = Crops(images, eval_transform(args.img_size))
+    channels, model, found = run.channels(crops), model.to(run.device).eval(), []
+    for imgs, labels in run.once(crops, batch_size=256, progress="images"):
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            logits = model(normalize(imgs, *channels))
+        probability, first = logits[:, kept].softmax(dim=1).topk(min(5, len(kept)), dim=1)
+        found += zip(first.tolist(), probability[:, 0].tolist(), labels.tolist())
+    shares = gather(found)              # process r has the images r, r + world_size, …
+    rows = [shares[i % len(shares)][i // len(shares)] for i in range(len(images))]
+    if run.rank == 0:
+        with open(run.output / "predictions.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file", "class", "probability"])
+            for i, (first, probability, _) in enumerate(rows):
+                path = os.fsdecode(images.paths[i][len(images.root) + 1:]) if hasattr(images, "paths") else i
+                table.writerow([path, names[kept[first[0]]], f"{probability:.4f}"])
+    run.say(f"predictions: {run.output}/predictions.csv")
+    top1, top5 = (100 * sum(label in first[:n] for first, _, label in rows) / len(rows) for n in (1, 5))
+    return run, (top1, top5, len(rows)) if images.classes else (None, None, len(rows))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 def main(args):
     """Evaluates one checkpoint in one mode. Returns the result, which is also printed last and saved as result.json."""
+    if args.mode == "eval":
+        return report(*score(args), args)
     if args.ckpt == "none":
         weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"], in_chans=args.in_chans), 0
         vit.update(img_size=32 if args.demo else 224, patch_size=args.patch_size or vit["patch_size"])
@@ -449,8 +550,15 @@ def main(args):
     else:
         top1, top5, images = train(run, model, train_set, val_crops, channels, encoder, args)
 
-    result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), "images": images, "ckpt": args.ckpt,
-              "data": args.data}
+    return report(run, (top1, top5, images), args)
+
+
+def report(run, figures, args):
+    """Prints the result, saves it as result.json, and returns it."""
+    top1, top5, images = figures
+    result = {"mode": args.mode, "images": images, "ckpt": args.ckpt, "data": args.data}
+    if top1 is not None:                # else there are no labels
+        result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), **result}
     if run.rank == 0:
         used = {name: value for name, value in vars(args).items() if value is not None and name[0] != "_"}
         (run.output / "result.json").write_text(json.dumps({**result, "args": used}, indent=1) + "\n")
@@ -472,11 +580,10 @@ def train(run, model, train_set, val_crops, channels, encoder, args):
 
     params = [p for p in model.parameters() if p.requires_grad]
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True) if regularise else LARS(groups)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True) if regularise else LARS(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
-    classes = hashlib.sha256(repr(train_set.classes).encode()).hexdigest()[:12]
-    run.resume(crops, model, optimizer, scaler, encoder=encoder, classes=classes)   # only with the same two
+    run.resume(crops, model, optimizer, scaler, encoder=encoder, class_names=train_set.classes)     # the same two only
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()

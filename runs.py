@@ -55,7 +55,7 @@ except ImportError:     # Windows
 
 # What may differ when a run resumes: where and how it computes, and what may save a run that diverged
 MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "save_minutes", "device", "compile",
-              "demo", "amp", "clip_grad", "images", "show"}
+              "demo", "amp", "clip_grad", "images", "show", "keep_every"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,15 +308,20 @@ class Run:
         chosen = torch.randperm(len(self._crops))[:number].tolist()
         return torch.stack([self._crops[0, index][0] for index in chosen]).to(self.device)
 
-    def end_epoch(self, picture=None, **more):
+    def end_epoch(self, picture=None, keep=None, **more):
         """Writes the epoch's line into OUTPUT/log.jsonl: the statistics' means, and `more`. With it the epoch is over.
-        `picture`: rows of images (N, C, H, W), the first as they are, for OUTPUT/reconstruction.png. Raises OSError."""
+        `picture`: rows of images (N, C, H, W), the first as they are, for OUTPUT/reconstruction.png.
+        `keep`: state dicts by name, for OUTPUT/NAME-EPOCH.pt after every --keep_every epochs. Raises OSError."""
         if self.step != (self.epoch + 1) * self.steps_per_epoch:
             raise RuntimeError("run.end_epoch() comes after the epoch's last step: do not leave run.steps() early")
         totals = gather(self._totals.tolist())                              # (processes, statistics)
         if self.rank == 0:
             if picture is not None:
                 save_picture(picture, self.output / "reconstruction.png", self.args.show)
+            every = getattr(self.args, "keep_every", None)
+            for name, weights in keep.items() if every and (self.epoch + 1) % every == 0 else ():
+                save({"method": self.method, "model": weights, "args": self._recipe},
+                     self.output / f"{name}-{self.epoch + 1:04}.pt")
             means = [sum(column) / len(totals) / self._count for column in zip(*totals)]
             line = {"epoch": self.epoch, **dict(zip(self._names, means)), **more, "lr": self._lr,
                     "seconds": self._seconds, "images_per_s": self._count * self.args.batch_size / self._seconds}
@@ -417,7 +422,7 @@ class Run:
         if method != self.method:
             raise InputError(f"{path} is a checkpoint of {method}.py, not of {self.method}.py: {advice}")
         there = {**{name: value for name, value in self.args._defaults.items() if name in here}, **there}
-        changed = {name: f"{name} {there.get(name, 'unknown')} (now {here.get(name, 'unknown')})"
+        changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
                    for name in {**here, **there} if there.get(name) != here.get(name)}
         if changed.keys() - MAY_CHANGE:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "

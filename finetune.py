@@ -459,8 +459,8 @@ def score_knn(run, model, train_set, val_set, channels, args):
 @torch.no_grad()
 def score(args):
     """--mode eval: scores a classifier on a folder, without training. Writes OUTPUT/predictions.csv; returns the Run,
-    top-1 and top-5 in % (None without labels) and the number of images. If a folder has only some of the classes, matched
-    by name, only these are predicted, as ImageNet-A and -R are scored. Raises InputError."""
+    top-1 and top-5 in % (None without labels) and the number of images. If a folder has only some of the classes, known
+    by their names, only these are predicted, as for ImageNet-A and -R. Raises InputError."""
     model, vit, (mean, std), names = load_classifier(args.ckpt, args.img_size)
     args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
     args.img_size = list(pair(vit["img_size"]))

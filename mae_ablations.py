@@ -235,8 +235,8 @@ class AblatedMAE(ViT):  # Ablations
         return random_masking(noise, self.len_keep)
 
     def forward_encoder(self, patches, ids_keep, ids_remove):  # Ablations
-        """Visible patches to tokens: patches (N, L, P·P·3), ids_keep (N, keep) -> (N, 1 + keep, D); in Table 1c with mask
-        tokens for ids_remove (N, L - keep) after them: (N, 1 + L, D)."""
+        """Visible patches to tokens: patches (N, L, P·P·3), ids_keep (N, keep) -> (N, 1 + keep, D); in Table 1c
+        with mask tokens for ids_remove (N, L - keep) after them: (N, 1 + L, D)."""
         x = self.patch_embed(patches.take_along_dim(ids_keep[:, :, None], dim=1))        # (N, keep, D)
         x = x + self.pos_embed[0, 1 + ids_keep]                                          # row 0 is cls's
         cls_token = self.cls_token + self.pos_embed[:, :1]

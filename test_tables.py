@@ -1,0 +1,220 @@
+"""What the papers' tables need beyond the defaults: recipes, scored classifiers, MAE's Table 1, other difficulties.
+
+    python -m pytest -q test_tables.py
+"""
+import csv
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import efficient_mae
+import finetune
+import mae
+import mae_ablations
+from common import InputError
+from conftest import module, photo, small_args
+
+SMALL = dict(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1,
+             decoder_num_heads=2)                                                       # 8×8 patches
+
+
+def run_finetune(*words):
+    return finetune.main(finetune.get_args([*map(str, words), "--num_workers", "0"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune.py: recipes and --mode eval
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("words, width, expected", [
+    ("", 768, dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, erasing=0.25, beta2=0.999)),
+    ("--recipe paper", 768, dict(epochs=100, blr=1e-3, layer_decay=0.75, drop_path=0.1, erasing=0, batch_size=1024)),
+    ("--recipe paper", 1280, dict(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2, warmup_epochs=5)),
+    ("--recipe paper --mode linear", 1024, dict(epochs=90, blr=0.1, batch_size=16384, warmup_epochs=10)),
+    ("--recipe scratch", 768, dict(epochs=300, blr=1e-4, batch_size=4096, weight_decay=0.3, warmup_epochs=20,
+                                   beta2=0.95, drop_path=0.1, layer_decay=1, erasing=0)),
+    ("--recipe scratch", 1024, dict(epochs=200, drop_path=0.2))])
+def test_recipes_by_name(words, width, expected):
+    """MAE's Tables 9, 10 and 11, and the released code's."""
+    args = finetune.get_args(["--ckpt", "none" if "scratch" in words else "x.pt", *words.split()])
+    finetune.fill_recipe(args, width)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_scratch_is_for_random_weights():
+    for words in (["--ckpt", "x.pt"], ["--ckpt", "none", "--mode", "linear"]):
+        with pytest.raises(InputError, match="scratch"):
+            finetune.fill_recipe(finetune.get_args([*words, "--recipe", "scratch"]), 768)
+
+
+def test_scoring_a_classifier(folder, pretrained, tmp_path):
+    """As its own training scored it; a prediction a file; some of the classes alone; no labels; other sizes."""
+    for mode in ("finetune", "linear"):
+        trained = run_finetune("--ckpt", pretrained / "encoder.pt", "--data", folder, "--mode", mode, "--output_dir",
+                               tmp_path / mode, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 16, "--blr", 1e-2)
+        scored = run_finetune("--ckpt", tmp_path / mode / "last.pt", "--data", folder, "--mode", "eval", "--output_dir",
+                              tmp_path / "scored" / mode)
+        assert (scored["top1"], scored["images"]) == (trained["top1"], 21)
+    with open(tmp_path / "scored/linear/predictions.csv", newline="") as file:
+        _, *rows = csv.reader(file)
+    assert len(rows) == 21 and all(0.33 < float(row[2]) <= 1 for row in rows)
+    assert 100 * np.mean([row[0].split("/")[0] == row[1] for row in rows]) == pytest.approx(scored["top1"], abs=1e-3)
+
+    for name in ("some/class 1 é", "none"):
+        (tmp_path / name).mkdir(parents=True)
+        photo(1).save(tmp_path / name / "0.png")
+    words = ["--ckpt", tmp_path / "finetune/last.pt", "--mode", "eval", "--output_dir", tmp_path / "others"]
+    assert run_finetune(*words, "--data", tmp_path / "some", "--img_size", 64)["top1"] == 100
+    assert "top1" not in run_finetune(*words, "--data", tmp_path / "none")
+    (tmp_path / "names").write_text("a\nb\nclass 1 é\n")
+    assert run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")["images"] == 1
+    (tmp_path / "names").write_text("a\nb\n")
+    with pytest.raises(InputError, match="3 classes, and there are names of 2"):
+        run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")
+    with pytest.raises(InputError, match="no classifier"):
+        run_finetune("--ckpt", pretrained / "encoder.pt", *words[2:], "--data", folder)
+
+
+def test_public_classifiers_give_timms_logits(tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=3, global_pool="avg", img_size=32, patch_size=8,
+                               embed_dim=128, depth=4, num_heads=2).eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "public.pth")
+    ours, _, _, names = finetune.load_classifier(str(tmp_path / "public.pth"), None)
+    imgs = torch.randn(4, 3, 32, 32)
+    expected = theirs(imgs)
+    assert names is None and (ours.eval()(imgs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders of every Nth epoch
+# ---------------------------------------------------------------------------------------------------------------------
+def test_encoders_are_kept(folder, tmp_path):
+    """SdAE's teacher, too; the last is encoder.pt; finetune.py takes each."""
+    module("sdae").main(module("sdae").get_args(small_args(folder, tmp_path, "--epochs", 4, "--keep_every", 2)))
+    names = sorted(path.name for path in tmp_path.glob("*-*.pt"))
+    assert names == ["encoder-0002.pt", "encoder-0004.pt", "teacher-0002.pt", "teacher-0004.pt"]
+    kept, last = (torch.load(tmp_path / name, weights_only=True)["model"] for name in (names[1], "encoder.pt"))
+    assert all(torch.equal(kept[name], last[name]) for name in last)
+    for name in names[1:3]:
+        run_finetune("--ckpt", tmp_path / name, "--data", folder, "--mode", "knn", "--output_dir", tmp_path / "knn")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Efficient MAE's Table 5
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("radius, expected", [(1, 113.8), (2, 158.7)])
+def test_other_difficulties(radius, expected):
+    """A loop over each removed patch's neighbours, and the paper's counts, 114 and 159."""
+    noise = torch.rand(1000, 196)
+    keep, remove = efficient_mae.random_masking(noise, 29)
+    difficulty = efficient_mae.neighbourhood(keep, remove, (14, 14), 16, radius)
+    assert difficulty.isfinite().sum(dim=1).float().mean().item() == pytest.approx(expected, abs=0.5)
+    for image in range(3):
+        for patch, found in zip(remove[image].tolist(), difficulty[image].tolist()):
+            apart = [(patch // 14 - other // 14, patch % 14 - other % 14) for other in keep[image].tolist()]
+            inverse = [1 if radius == 1 else 1 / np.hypot(down, right)
+                       for down, right in apart if max(abs(down), abs(right)) <= radius]
+            assert found == pytest.approx(1 / sum(inverse) if inverse else np.inf, rel=1e-5)
+
+
+@pytest.mark.parametrize("difficulty", ["3x3", "5x5"])
+def test_other_difficulties_weigh_and_drop(difficulty):
+    """The loss is Eq. 2 over the patches that have a visible one near; with γ = 0 the mean over them."""
+    model = efficient_mae.EfficientMAE(**SMALL, gamma=0.0, difficulty=difficulty).eval()
+    imgs, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
+    loss, stats = model(imgs, noise)
+    _, ids_remove, distance, easy = model.decoder_masking(noise)
+    assert torch.equal(easy, distance.isfinite()) and stats["predicted_patches"] == easy.sum() / 3
+    pred, _ = model.reconstruct(imgs, noise)
+    patches = mae.patchify(imgs, 4)
+    mean, std = mae.mean_and_std(patches)
+    error = (pred - (patches - mean) / std).square().mean(dim=2).take_along_dim(ids_remove, dim=1)
+    assert loss.item() == pytest.approx(np.mean([error[i][easy[i]].mean().item() for i in range(3)]), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MAE's Table 1
+# ---------------------------------------------------------------------------------------------------------------------
+def test_ablations_without_flags_are_mae():
+    ours, theirs = mae_ablations.AblatedMAE(**SMALL, norm_pix=True), mae.MAE(**SMALL)
+    ours.load_state_dict(theirs.state_dict())
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+    assert ours(imgs, noise)[0] == theirs(imgs, noise)[0]
+    assert all(torch.equal(a, b) for a, b in zip(ours.reconstruct(imgs, noise), theirs.reconstruct(imgs, noise)))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_block_and_grid_masks(ratio):
+    """Blocks: each image loses equally many patches, and far more pairs of neighbours are alike than at random; grid:
+    one of each 2×2 stays."""
+    noise = torch.rand(64, 196)
+    keep, remove = mae_ablations.block_order(noise, (14, 14), int(196 * (1 - ratio)))
+    assert keep.shape == (64, int(196 * (1 - ratio)))
+    assert torch.equal(torch.cat([keep, remove], dim=1).sort(dim=1).values, torch.arange(196).expand(64, -1))
+
+    def alike(ids):
+        mask = torch.zeros(64, 196).scatter(1, ids, 1.0).view(64, 14, 14)
+        return (mask[:, 1:] == mask[:, :-1]).float().mean().item()
+    assert alike(keep) > 0.8 > 0.7 > alike(mae.random_masking(noise, keep.shape[1])[0])
+    model = mae_ablations.AblatedMAE(**SMALL, masking="grid")
+    keep, _ = model.mask_sampling(torch.rand(3, 64))
+    assert torch.equal(keep.sort(dim=1).values[0], torch.arange(64).view(8, 8)[::2, ::2].flatten())
+
+
+def test_encoder_with_mask_tokens():
+    """It sees no removed pixel, but all places: the prediction of a patch depends on the token, not on the patch."""
+    model = mae_ablations.AblatedMAE(**SMALL, encoder_mask_tokens=True).eval()
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+    ids_keep, ids_remove = model.mask_sampling(noise)
+    patches = mae.patchify(imgs, 4)
+    latent = model.forward_encoder(patches, ids_keep, ids_remove)
+    assert latent.shape == (2, 65, 48)
+    changed = patches.scatter(1, ids_remove[:, :, None].expand(-1, -1, 48), 5.0)
+    assert torch.equal(latent, model.forward_encoder(changed, ids_keep, ids_remove))
+    model(imgs, noise)[0].backward()
+    assert model.encoder_mask_token.grad.abs().sum() > 0 and model.mask_token.grad is None
+
+
+def test_loss_on_all_patches_and_on_coefficients():
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+    patches = mae.patchify(imgs, 4)
+    model = mae_ablations.AblatedMAE(**SMALL, loss="all").eval()
+    expected = F.mse_loss(model.reconstruct(imgs, noise)[0], patches)
+    assert model(imgs, noise)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    model = mae_ablations.AblatedMAE(**SMALL, target="pca", components=48).eval()
+    model.components[:] = torch.linalg.qr(torch.randn(48, 48)).Q        # all of them: a turn, which keeps lengths
+    pred, mask = model.reconstruct(imgs, noise)
+    error = (pred - patches).square().mean(dim=2)[mask.bool()].mean()
+    assert model(imgs, noise)[0].item() == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_principal_components(folder):
+    """Those of numpy, up to sign, of the same crops' patches."""
+    source = common.load_dataset(str(folder), "pretrain")
+    crops = common.Crops(source, common.train_transform(16, (0.2, 1.0)))
+    ours = mae_ablations.pca(crops, (common.IMAGENET_MEAN, common.IMAGENET_STD), 4, 5)
+    imgs = common.normalize(torch.stack([crops[0, i][0] for i in range(len(crops))]))
+    patches = mae.patchify(imgs, 4).flatten(0, 1).double().numpy()
+    _, _, theirs = np.linalg.svd(patches - patches.mean(axis=0), full_matrices=False)
+    assert np.allclose(abs(np.diag(theirs[:5] @ ours.double().numpy())), 1, atol=1e-3)
+
+
+def test_augmentations():
+    """none is the evaluation's crop; fixed a window of the resized image; jitter changes colours, not the size."""
+    img = torch.from_numpy(np.array(photo(3, (60, 44)))).permute(2, 0, 1)
+
+    def apply(name):
+        torch.manual_seed(0)
+        return mae_ablations.augmentation(types.SimpleNamespace(
+            augmentation=name, img_size=[32], crop_scale=[0.2, 1.0]))(img)
+    assert torch.equal(apply("none"), common.eval_transform(32)(img))
+    whole = common.v2.functional.resize(img, 36, common.InterpolationMode.BICUBIC)
+    windows = whole.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    fixed = apply("fixed")
+    assert any(torch.equal(fixed, window) or torch.equal(fixed.flip(2), window) for window in windows)
+    assert apply("jitter").shape == apply("crop").shape and not torch.equal(apply("jitter"), apply("crop"))

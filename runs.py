@@ -45,8 +45,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import common
-from common import (CHUNK, ENCODER_PARTS, GlobalBatches, InputError, channel_statistics, env_number, eval_batches,
-                    inventory, seed_from)
+from common import (CHUNK, ENCODER_PARTS, IMAGENET_MEAN, GlobalBatches, InputError, channel_statistics, env_number,
+                    eval_batches, inventory, seed_from)
 
 try:
     import fcntl
@@ -187,8 +187,9 @@ class Run:
         if not (args.mean and args.std):
             mean, std = channel_statistics(crops)
             args.mean, args.std = args.mean or mean, args.std or std
-            mean, std = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (args.mean, args.std))
-            self.say(f"channels: --mean {mean} --std {std}")
+            if mean != [*IMAGENET_MEAN]:
+                mean, std = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (args.mean, args.std))
+                self.say(f"channels, measured: --mean {mean} --std {std}")
         return args.mean, args.std
 
     def resume(self, crops, model, optimizer, scaler, init_from=None, **recipe):
@@ -667,18 +668,21 @@ def load(path):
 
 def load_weights(path, model):
     """Starts a model from a checkpoint's weights: all that have its names, at least a whole encoder. The positions are
-    fixed and the model's own, so the image size may differ. Returns a line that says what was taken. Raises InputError
-    if the encoder isn't whole, and if a shape or type differs."""
+    fixed and the model's own, so the image size may differ; with another number of channels all is taken but what they
+    shape, such as the patch embedding. Returns a line that says what was taken. Raises InputError if the encoder isn't
+    whole, and if a shape or type differs."""
     checkpoint = load(path)
     with reading(path):
         weights = checkpoint.get("model", checkpoint)
         own = {name: value for name, value in model.state_dict().items() if "pos_embed" not in name}
+        if weights["patch_embed.proj.weight"].shape[1] != model.in_chans:
+            own = {name: value for name, value in own.items() if name not in weights or weights[name].shape == value.shape}
         taken = {name: weights[name] for name in own if name in weights}
         needed = {name: own[name] for name in own if name in weights or name.startswith(ENCODER_PARTS)}
         check_alike(path, "model", taken, needed, any_float=True)
     model.load_state_dict(taken, strict=False)
-    return (f"weights from {path}: {len(taken)} tensors; {len(own) - len(taken)} that it lacks start anew, "
-            f"{len(weights) - len(taken)} that it has are not needed (fixed positions, say)")
+    return (f"weights from {path}: {len(taken)} tensors; {len(model.state_dict()) - len(taken)} of the model's are its "
+            f"own (fixed positions, say), {len(weights) - len(taken)} of the checkpoint's are not used")
 
 
 def check_alike(path, name, there, here, any_float=False):

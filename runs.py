@@ -676,13 +676,14 @@ def load_weights(path, model):
         weights = checkpoint.get("model", checkpoint)
         own = {name: value for name, value in model.state_dict().items() if "pos_embed" not in name}
         if weights["patch_embed.proj.weight"].shape[1] != model.in_chans:
-            own = {name: value for name, value in own.items() if name not in weights or weights[name].shape == value.shape}
+            own = {name: value for name, value in own.items()
+                   if name not in weights or weights[name].shape == value.shape}
         taken = {name: weights[name] for name in own if name in weights}
         needed = {name: own[name] for name in own if name in weights or name.startswith(ENCODER_PARTS)}
         check_alike(path, "model", taken, needed, any_float=True)
     model.load_state_dict(taken, strict=False)
-    return (f"weights from {path}: {len(taken)} tensors; {len(model.state_dict()) - len(taken)} of the model's are its "
-            f"own (fixed positions, say), {len(weights) - len(taken)} of the checkpoint's are not used")
+    return (f"weights from {path}: {len(taken)} tensors; {len(own) - len(taken)} that it lacks start anew, "
+            f"{len(weights) - len(taken)} that it has are not needed (fixed positions, say)")
 
 
 def check_alike(path, name, there, here, any_float=False):

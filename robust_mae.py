@@ -10,8 +10,8 @@ Against mae.py: the decoder's blocks have dropout, targets pass through `inter_p
 `patch_statistics` gathers before training, and `forward_encoder` may add mask tokens.
 
 Chosen where the paper is silent:
-- Eq. 3's statistics are those of the patches to be predicted, epoch 0's training crops (the paper: "spatially resized to
-  H × W", no crops; Section 2.2), of pixels in [0, 1]. They are summed in integers, so that they don't depend on how
+- Eq. 3's statistics are those of the patches to be predicted, epoch 0's training crops (the paper: "spatially resized
+  to H × W", no crops; Section 2.2), of pixels in [0, 1]. They are summed in integers, so that they don't depend on how
   processes share the images, and kept in the checkpoint. ε is 1e-6.
 - --target none leaves pixels in [0, 1], rgb standardises channels by ImageNet's statistics, as MAE does: with rgb,
   --drop_edge 0 and --crop_scale 0.2 1 this is mae.py. Table 1 is --drop_edge 0, inferred from its 83.25 (Table 2's MAE

@@ -3,6 +3,10 @@
     python -m pytest -q test_tables.py
 """
 import csv
+import re
+import shutil
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -16,7 +20,7 @@ import finetune
 import mae
 import mae_ablations
 from common import InputError
-from conftest import module, photo, small_args
+from conftest import ROOT, module, photo, small_args
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1,
              decoder_num_heads=2)                                                       # 8×8 patches
@@ -218,3 +222,40 @@ def test_augmentations():
     fixed = apply("fixed")
     assert any(torch.equal(fixed, window) or torch.equal(fixed.flip(2), window) for window in windows)
     assert apply("jitter").shape == apply("crop").shape and not torch.equal(apply("jitter"), apply("crop"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sixth script
+# ---------------------------------------------------------------------------------------------------------------------
+def test_a_sixth_script(folder, tmp_path):
+    """The tutorial's last chapter, followed to the letter in a copy of the repository: the script trains, is probed,
+    drawn, and the guard takes it; no other file changes."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    text = (ROOT / "mae.py").read_text()
+    steps = re.findall(r"```diff\n# mae.py -> crossmae.py\n(.*?)```", (ROOT / "docs/reading.md").read_text(), re.S)
+    assert len(steps) > 5
+    for step in steps:
+        before, after = ("".join(line[1:] + "\n" for line in step.splitlines() if line[:1] != sign) for sign in "+-")
+        if before:
+            start = max(0, text.rfind(before)) if text.count(before) == 1 else text.index("    def forward(self, imgs")
+            assert before in text[start:], step
+            text = text[:start] + text[start:].replace(before, after, 1)
+        else:                                   # only lines to add: in front of the model
+            text = text.replace("class ", after + "class ", 1)
+    (tmp_path / "crossmae.py").write_text(text)
+
+    def run(*words):
+        words = [sys.executable, *map(str, words)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+    assert "Done. Next" in run("crossmae.py", *small_args(folder, tmp_path / "run"))
+    assert "top1" in run("finetune.py", "--ckpt", tmp_path / "run/last.pt", "--data", folder, "--mode", "knn")
+    run("visualize.py", "seeds", "--ckpt", tmp_path / "run/last.pt", "--images", folder, "--output", tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+    assert "passed" in run("-m", "pytest", "-q", "test_all.py", "-k", "guard", "-p", "no:cacheprovider")
+    (tmp_path / "crossmae.py").write_text(text.replace("  # CrossMAE: a random quarter of the patches", ""))
+    with pytest.raises(AssertionError, match="CrossMAE"):
+        run("-m", "pytest", "-q", "test_all.py", "-k", "guard", "-p", "no:cacheprovider")

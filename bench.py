@@ -5,20 +5,19 @@
     python bench.py --peers             # MAE beside transformers', lightly's and timm's (pip install them first)
     python bench.py --loader DIR        # decoding and augmentation of a folder's photographs, per core
 
-Candidates are interleaved within one run: each lives in a process of its own, trains for some steps when it is its turn,
-and waits for the rest. Figures are medians over the rounds, ratios the median of each round's ratio, with the least and
-the largest in brackets. Ours run the script's own `main`; only its images are replaced, by a random batch in memory. So
-a step includes the gradient's norm and, every 20th, the check for finite values, but no end of an epoch. A table (.md),
-the raw times (.json) and what candidates print (errors.log) are written into --output_dir.
+Candidates are interleaved within one run: each lives in a process of its own, trains for some steps when it is its
+turn, and waits for the rest. Figures are medians over the rounds, ratios the median of each round's ratio, with the
+least and the largest in brackets. Ours run the script's own `main` on a random batch in memory; a step includes the
+gradient's norm and, every 20th, the check for finite values. Into --output_dir go a table (.md), the raw times (.json)
+and what candidates print (errors.log).
 """
 import argparse
 import contextlib
-import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -29,19 +28,15 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as multiprocessing
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset, Subset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import common
 import mae
 import runs
-from common import VIT_SIZES, InputError, normalize, pair
+from common import InputError, normalize, pair
+from results.multiply_adds import counted, tight
+from results.peers import PEERS, UsualImages
 from runs import amp_dtype, launch, number
 
 # A method's script is one that has these three functions
@@ -49,8 +44,6 @@ METHODS = sorted((path.stem for path in Path(__file__).parent.glob("*.py")
                   if all(f"\ndef {name}(" in path.read_text() for name in ("method_args", "build_model", "main"))),
                  key=lambda name: (name != "mae", name))
 SETTINGS = {  # flags of the scripts; images a step on a CPU (in float32 half of them, for its memory), on a GPU
-    "vit_micro": ("--img_size 32 --patch_size 4 --decoder_embed_dim 64 --decoder_depth 1 --decoder_num_heads 2",
-                  128, 4096),
     "vit_tiny": ("--img_size 32 --patch_size 4 --decoder_embed_dim 192 --decoder_depth 4 --decoder_num_heads 3",
                  128, 4096),
     "vit_base": ("", 16, 256),
@@ -64,7 +57,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--peers", nargs="*", choices=["transformers", "lightly", "timm"], help="MAE beside theirs")
+    what.add_argument("--peers", nargs="*", choices=PEERS, help="MAE beside theirs")
     what.add_argument("--loader", metavar="DIR", help="images/s of one core, from files to uint8 crops")
     what.add_argument("--sdae_teachers", action="store_true", help="MAE, and SdAE with each --teacher_input")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -79,8 +72,8 @@ def get_args(argv=None):
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args(argv)
-    args.device = runs.find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"), 0).type
-    gpu = args.device == "cuda"
+    gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
+    args.device = runs.find_device("cuda" if gpu else "cpu", 0).type
     args.models = args.models or (["vit_base", "vit_large", "vit_huge"] if gpu else ["vit_tiny", "vit_base"])
     args.amp = args.amp or (["bf16"] if gpu else ["bf16", "none"])
     args.peers = list(PEERS) if args.peers == [] else args.peers
@@ -96,9 +89,6 @@ def get_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Candidates: each in a process of its own, which trains when it is told to
-# ---------------------------------------------------------------------------------------------------------------------
 class Candidate:
     """A process that runs `function(turns, *arguments)`: it trains for some steps when it is told to, and waits for the
     next turn. `times` collects seconds a step, `facts` is what else is known of it, `memory` the most it has held."""
@@ -108,7 +98,7 @@ class Candidate:
         context = multiprocessing.get_context("spawn")
         self.label, self.facts, self.times, self.memory = label, facts, [], None
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=in_its_process, daemon=True,
+        self.process = context.Process(target=in_its_process,       # no daemon: those may not start processes
                                        args=(theirs, Candidate.errors, threads, function, arguments))
         self.process.start()
         theirs.close()
@@ -125,8 +115,8 @@ class Candidate:
             answer = "its process died; was memory short?"
         if isinstance(answer, str):
             raise InputError(f"{self.label}: {answer} (see {Candidate.errors})")
-        seconds, self.memory = answer
-        return seconds
+        self.memory = answer[1]
+        return answer[0]
 
     @classmethod
     def stop_all(cls):
@@ -146,7 +136,7 @@ def in_its_process(pipe, errors, threads, function, arguments):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        function(lambda batches, device: turns(pipe, batches, device), *arguments)
+        function(functools.partial(turns, pipe), *arguments)
     except EOFError:            # the bench has closed its end: no more turns
         pass
     except BaseException as error:
@@ -171,17 +161,12 @@ def turns(pipe, batches, device):
             line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
             memory = 1024 * int(line.split()[1])
         pipe.send((seconds, torch.cuda.max_memory_allocated() if cuda else memory))
-        if cuda:
-            torch.cuda.empty_cache()                    # the next one's turn
-        elif idle:                                      # steps that are not timed get the memory back
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)        # glibc's
+        torch.cuda.empty_cache() if cuda else None      # the next one's turn
 
 
 def from_memory(batch_size, img_size, device):
     """The same random batch without end: imgs uint8 (N, 3, H, W), labels."""
-    imgs = torch.randint(256, (batch_size, 3, *pair(img_size)), dtype=torch.uint8)
-    imgs = imgs.pin_memory() if device.type == "cuda" else imgs
+    imgs = torch.randint(256, (batch_size, 3, *pair(img_size)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     while True:
         yield imgs, torch.zeros(batch_size, dtype=torch.int64)
 
@@ -192,8 +177,10 @@ def ours(turns, name, words):
     args = module.get_args([*words, "--save_minutes", "inf"])
 
     def make_loader(crops, batches, num_workers, device):
-        batch = from_memory(args.batch_size, args.img_size, device)
-        return turns(batch, device) if hasattr(batches, "steps") else iter([next(batch)])
+        whole = from_memory(args.batch_size, args.img_size, device)
+        if not hasattr(batches, "chunks"):
+            return iter([next(whole)])
+        return (chunk for batch in turns(whole, device) for chunk in zip(*(x.split(common.CHUNK) for x in batch)))
 
     runs.make_loader, runs.eval_batches = make_loader, lambda *_: [0]
     module.load_dataset = lambda *_: range(10**6 * args.batch_size)     # its length is all that is asked
@@ -253,160 +240,16 @@ def peer(turns, library, words, tuned, compiled, attention="sdpa"):
         optimizer.zero_grad()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Peers: modules from images (N, 3, H, W) to MAE's loss
-# ---------------------------------------------------------------------------------------------------------------------
-def transformers_mae(args, attention):
-    """transformers.ViTMAEForPreTraining."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    size = VIT_SIZES[args.model]
-    config = ViTMAEConfig(
-        hidden_size=size["embed_dim"], num_hidden_layers=size["depth"], num_attention_heads=size["num_heads"],
-        intermediate_size=4 * size["embed_dim"], image_size=args.img_size[0], patch_size=args.patch_size,
-        decoder_hidden_size=args.decoder_embed_dim, decoder_num_hidden_layers=args.decoder_depth,
-        decoder_num_attention_heads=args.decoder_num_heads, decoder_intermediate_size=4 * args.decoder_embed_dim,
-        mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix, attn_implementation=attention)
-
-    class Model(ViTMAEForPreTraining):
-        def forward(self, imgs):
-            return super().forward(imgs).loss
-    return Model(config)
-
-
-def lightly_mae(args, attention):
-    """lightly's modules, put together as in its documentation; its example's targets are not standardised."""
-    from lightly.models import utils
-    from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            vit = timm_vit(args)
-            self.backbone = MaskedVisionTransformerTIMM(vit=vit)
-            self.embed = nn.Linear(vit.embed_dim, args.decoder_embed_dim)
-            self.decoder = MaskedVisionTransformerDecoderTIMM(vit.patch_embed.num_patches, args.decoder_embed_dim,
-                                                              args.decoder_depth, args.decoder_num_heads)
-            self.pred = nn.Linear(args.decoder_embed_dim, 3 * args.patch_size**2)
-
-        def forward(self, imgs):
-            size = (len(imgs), self.backbone.sequence_length)
-            keep, remove = utils.random_token_mask(size=size, mask_ratio=args.mask_ratio, device=imgs.device)
-            x = self.embed(self.backbone.encode(images=imgs, idx_keep=keep))
-            tokens = utils.repeat_token(self.decoder.mask_token, size)
-            x = self.decoder.add_pos_embed(utils.set_at_index(tokens, keep, x.type_as(tokens)))
-            pred = self.pred(utils.get_at_index(self.decoder.decode(x), remove))
-            return F.mse_loss(pred, utils.get_at_index(utils.patchify(imgs, args.patch_size), remove - 1))
-    return Model()
-
-
-def timm_mae(args, attention):
-    """What the public MAE code does, on timm's blocks (timm has no MAE): all patches embedded, then gathered, the
-    decoder's tokens put in order, all patches predicted."""
-    from timm.models.vision_transformer import Block
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit, width = timm_vit(args), args.decoder_embed_dim
-            self.embed = nn.Linear(self.vit.embed_dim, width)
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-            self.position = nn.Parameter(torch.zeros(1, 1 + self.vit.patch_embed.num_patches, width), False)
-            self.blocks = nn.Sequential(*(Block(width, args.decoder_num_heads, qkv_bias=True)
-                                          for _ in range(args.decoder_depth)))
-            self.norm, self.pred = nn.LayerNorm(width), nn.Linear(width, 3 * args.patch_size**2)
-
-        def forward(self, imgs):
-            x = self.vit.patch_embed(imgs) + self.vit.pos_embed[:, 1:]
-            N, L, D = x.shape
-            shuffle = torch.rand(N, L, device=x.device).argsort(dim=1)
-            restore, keep = shuffle.argsort(dim=1), int(L * (1 - args.mask_ratio))
-            x = torch.gather(x, 1, shuffle[:, :keep, None].expand(-1, -1, D))
-            x = torch.cat([(self.vit.cls_token + self.vit.pos_embed[:, :1]).expand(N, -1, -1), x], dim=1)
-            x = self.embed(self.vit.norm(self.vit.blocks(x)))
-            tokens = torch.cat([x[:, 1:], self.mask_token.expand(N, L - keep, -1).to(x.dtype)], dim=1)
-            tokens = torch.gather(tokens, 1, restore[:, :, None].expand(-1, -1, x.shape[2]))
-            pred = self.pred(self.norm(self.blocks(torch.cat([x[:, :1], tokens], dim=1) + self.position)))[:, 1:]
-            target = mae.patchify(imgs, args.patch_size)
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
-            mask = torch.ones(N, L, device=x.device)
-            mask[:, :keep] = 0
-            mask = mask.gather(1, restore)
-            return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
-    return Model()
-
-
-def timm_vit(args):
-    """timm's ViT of the script's size."""
-    from timm.models.vision_transformer import VisionTransformer
-    return VisionTransformer(img_size=args.img_size[0], patch_size=args.patch_size, num_classes=0,
-                             **{key: VIT_SIZES[args.model][key] for key in ("embed_dim", "depth", "num_heads")})
-
-
-PEERS = {"transformers": transformers_mae, "lightly": lightly_mae, "timm": timm_mae}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Multiply-adds of an image in training: forward and backward
-# ---------------------------------------------------------------------------------------------------------------------
-def counted(name, words, images=16):
-    """What the script's model does of them, by torch's FlopCounter, on a CPU; Efficient MAE's mean over `images`."""
-    module = importlib.import_module(name)
-    args = module.get_args([*words, "--batch_size", "2"])
-    images = images if name == "efficient_mae" else 2
-    model = module.build_model(args).train()
-    noise = torch.rand(1000, model.num_patches, generator=torch.Generator().manual_seed(0))[:images]    # as in `tight`
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.randn(images, 3, *pair(args.img_size)), noise)[0].backward()
-    return counter.get_total_flops() / 2 / images
-
-
-def tight(name, words, images=16):
-    """The method's own, from its sizes: three times the forward products (one forward, two backward), less what
-    gradients of pixels would cost; visible patches alone embedded, removed ones alone predicted. NaN for a script that
-    isn't one of the five, whose work we don't know."""
-    if name not in ("mae", "emae", "efficient_mae", "robust_mae", "sdae"):
-        return math.nan
-    module = importlib.import_module(name)
-    args = module.get_args(words)
-    size = VIT_SIZES[args.model]
-    P, D, depth, d = args.patch_size, size["embed_dim"], size["depth"], args.decoder_embed_dim
-    N = math.prod(n // P for n in pair(args.img_size))
-    keep = N // args.parts if name == "emae" else int(N * (1 - args.mask_ratio) + 1e-6)
-
-    def blocks(depth, tokens, width):
-        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
-
-    removed = torch.tensor([N - keep])
-    if name == "efficient_mae":
-        noise = torch.rand(1000, N, generator=torch.Generator().manual_seed(0))[:images]
-        removed = module.build_model(args).decoder_masking(noise)[3].sum(dim=1)
-    values = D if name == "sdae" else 3 * P * P                             # that are predicted of a patch
-    decoder = blocks(args.decoder_depth, 1 + keep + removed, d) + removed * d * values
-    embed = keep * 3 * P * P * D
-    forward = embed + blocks(depth, 1 + keep, D) + (1 + keep) * D * d + decoder.double().mean().item()
-    total = (3 * forward - embed) * (args.parts if name == "emae" else 1)
-    if name == "sdae":                                                      # the teacher has no backward pass
-        teacher = {"folds": (args.folds, (N - keep) // args.folds), "masked": (1, N - keep), "full": (1, N),
-                   "crop": (1, args.teacher_tokens or (N - keep) // 3)}
-        folds, seen = teacher[args.teacher_input]
-        total += folds * (seen * 3 * P * P * D + blocks(depth, 1 + seen, D))
-    return float(total)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
 def measure(candidates, args):
     """Fills each candidate's `times`, seconds a step in each round."""
-    idle = 2 * (args.device == "cuda")                  # steps that begin a turn untimed: memory is had anew
-    steps = []
+    idle, steps = 2 * (args.device == "cuda"), []       # steps that begin a turn untimed: memory is had anew
     for candidate in tqdm(candidates, "warming up", leave=False):
         seconds = candidate.turn(10 * idle or 2, 5 if idle else 1)      # the first compile, and fill caches
-        steps.append(max(1, idle, round(args.seconds / seconds)))
-    for round_ in tqdm(range(args.rounds), "rounds", leave=False):
-        for i in range(len(candidates)):
-            i = (i + round_) % len(candidates)          # another one begins each round
-            candidates[i].times.append(candidates[i].turn(idle, steps[i]))
+        steps.append((candidate, max(1, idle, round(args.seconds / seconds))))
+    for _ in tqdm(range(args.rounds), "rounds", leave=False):
+        for candidate, count in steps:
+            candidate.times.append(candidate.turn(idle, count))
+        steps = steps[1:] + steps[:1]                   # another one begins the next round
     Candidate.stop_all()
 
 
@@ -435,16 +278,14 @@ def settings(args):
     for model in args.models:
         for amp in args.amp:
             flags, on_cpu, on_gpu = SETTINGS[model]
-            gpu = args.device == "cuda"
-            images = args.batch_size or (on_gpu if gpu else on_cpu // (2 if amp == "none" else 1))
+            usual, size = (on_gpu, 8192) if args.device == "cuda" else (on_cpu // (2 if amp == "none" else 1), 2048)
+            images = args.batch_size or usual
             words = f"--model {model} {flags} --batch_size {images} --amp {amp} --device {args.device}".split()
-            size = 8192 if gpu else 2048
             yield f"{model}, {amp}", words, images, Candidate("matrix product", matrix_product, size, words,
                                                               macs=size**3, images=1)
 
 
 def title_of(name, images, limit, words):
-    """A table's title."""
     rate = limit.facts["macs"] / statistics.median(limit.times) / 1e12
     return f"{name}, {images} images a step; matrix products: {rate:.3f} T multiply-adds/s (`{' '.join(words)}`)"
 
@@ -468,7 +309,7 @@ def methods(args):
             label, speed, ratio, share, memory = row_of(candidate, first, limit)
             macs, least = candidate.facts["macs"], candidate.facts["tight"]
             rows.append([label, speed, ratio, f"{macs / 1e9:.2f}", f"{macs / first.facts['macs']:.2f}",
-                         "–" if math.isnan(least) else f"{macs / least:.2f}", share, memory])
+                         "–" if least is None else f"{macs / least:.2f}", share, memory])
         yield (title_of(f"{setting}{', compiled' * args.compile}{what}", images, limit, words),
                ["script", "images/s", f"step time over {first.label}", "G multiply-adds an image",
                 f"over {first.label}", "over the tight count", "of the matrix-product rate", "peak memory, GB"],
@@ -476,39 +317,20 @@ def methods(args):
 
 
 def peers(args):
-    """MAE beside other implementations on the same random batch, in the same precision."""
-    for setting, words, images, limit in settings(args):
-        plain, facts = "eager" if "cpu, bf16" == f"{args.device}, {setting[-4:]}" else "sdpa", dict(images=images)
-        facts["macs"] = counted("mae", words)
+    """MAE beside another implementation on the same random batch, in the same precision; a table for each."""
+    for name, (setting, words, images, limit) in ((name, one) for name in args.peers for one in settings(args)):
+        plain = "eager" if args.device == "cpu" and setting.endswith("bf16") else "sdpa"        # the faster one
+        facts, tuned = dict(images=images, macs=counted("mae", words)), f"{name}, fused AdamW, {plain} attention"
         candidates = [Candidate("`mae.py`", ours, "mae", words, **facts),
-                      Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts)]
-        for name in args.peers:
-            for label, *how in (("default AdamW", False, False), (f"fused AdamW, {plain} attention", True, False, plain),
-                                (f"fused AdamW, {plain} attention, compiled", True, True, plain)):
-                candidates.append(Candidate(f"{name}, {label}", peer, name, words, *how, **facts))
+                      Candidate("`mae.py --compile`", ours, "mae", [*words, "--compile"], **facts),
+                      Candidate(f"{name}, default AdamW", peer, name, words, False, False, **facts),
+                      Candidate(tuned, peer, name, words, True, False, plain, **facts),
+                      Candidate(f"{tuned}, compiled", peer, name, words, True, True, plain, **facts)]
         measure([*candidates, limit], args)
         yield (title_of(setting, images, limit, words),
                ["implementation", "images/s", "step time over `mae.py`",
                 "of the matrix-product rate, by ours' multiply-adds", "peak memory, GB"],
                [row_of(candidate, candidates[0], limit) for candidate in candidates], [*candidates, limit])
-
-
-class UsualImages(Dataset):
-    """A folder's images through the transform that the public MAE code uses, as torchvision has it, on PIL images."""
-
-    def __init__(self, folder, img_size):
-        self.paths = [os.fsdecode(path) for path in common.load_dataset(folder, "pretrain").paths]
-        self.transform = transforms.Compose([
-            transforms.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD)])
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        with open(self.paths[index], "rb") as file:
-            return self.transform(Image.open(file).convert("RGB")), 0
 
 
 def passes(turns, folder, img_size, usual):
@@ -526,6 +348,7 @@ def passes(turns, folder, img_size, usual):
 def loader(args):
     """Decoding, cropping, resizing and flipping in one process with one thread, up to a batch in memory."""
     images = min(1024, len(common.load_dataset(args.loader, "pretrain")))
+    head = ["pipeline", "images/s of one core", "times the usual", "bytes an image to the device"]
     for img_size in (224, 128):
         candidates = [Candidate(label, passes, args.loader, img_size, usual, threads=1, images=images)
                       for label, usual in (("ours: uint8 crops, resized as tensors", False),
@@ -533,13 +356,9 @@ def loader(args):
         measure(candidates, args)
         rows = [[c.label, spread([images / t for t in c.times], 0), spread(over(candidates[1], c)),
                  str(3 * img_size**2 * (1 if c is candidates[0] else 4))] for c in candidates]
-        yield (f"{images} images to {img_size} pixels",
-               ["pipeline", "images/s of one core", "times the usual", "bytes an image to the device"], rows, candidates)
+        yield f"{images} images to {img_size} pixels", head, rows, candidates
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
 def machine(args):
     """One line on what ran it."""
     name = platform.processor() or platform.machine()
@@ -554,10 +373,9 @@ def machine(args):
 
 def main(args):
     """Measures, prints and writes the tables."""
-    what = next((name for name in ("peers", "loader", "sdae_teachers") if getattr(args, name)), "methods")
+    what = next((name for name in ("peers", "loader", "sdae_teachers", "model_only") if getattr(args, name)), "methods")
     function = {"peers": peers, "loader": loader}.get(what, methods)
-    what = f"{'model' if args.model_only and what == 'methods' else what}_{args.device}"
-    output = Path(args.output_dir)
+    output, what = Path(args.output_dir), f"{what.removesuffix('_only')}_{args.device}"
     output.mkdir(parents=True, exist_ok=True)
     Candidate.errors = str(output / "errors.log")
     command = " ".join(["python", "bench.py", *("DIR" if os.path.isdir(word) else word for word in sys.argv[1:])])

@@ -1,13 +1,16 @@
 """Pictures of what was learnt, from a checkpoint and images (a folder, files, or `shapes`).
 
     python visualize.py seeds --ckpt runs/emae/last.pt --images shapes           # one image, several masks
+    python visualize.py seeds --ckpt runs/mae/last.pt --mask_ratio 0.75 0.85 0.95 --seeds 0    # several mask ratios
     python visualize.py attention --ckpt runs/sdae/encoder.pt --images photos    # where the cls token looks
     python visualize.py difficulty --ckpt runs/efficient_mae/last.pt --images photos   # P²Dist beside the loss
+    python visualize.py distances                                                # P²Dist by mask ratio: no checkpoint
     python visualize.py curves --runs runs/mae runs/robust_mae                   # training curves
 
-`seeds` are EMAE's Figures 1 and 3, `attention` SdAE's Figure 7, `difficulty` Efficient MAE's Figures 2 and 3, `curves`
-Robust MAE's Figure 2. `seeds` and `difficulty` take the last.pt of a script that predicts pixels (not SdAE's);
-`attention` takes any script's last.pt or encoder.pt, or a public MAE checkpoint. Diagrams need matplotlib.
+`seeds` draws EMAE's Figures 1 and 3, with several mask ratios MAE's Figure 4; `attention` SdAE's Figure 7; `difficulty`
+Efficient MAE's Figure 3 and the lower part of its Figure 2; `distances` the upper part, with the shares of its Section
+3.3; `curves` Robust MAE's Figure 2. `seeds` and `difficulty` take the last.pt of any script here that predicts pixels;
+`attention` also takes an encoder.pt or a public MAE checkpoint. Diagrams need matplotlib.
 """
 import argparse
 import importlib
@@ -15,35 +18,35 @@ import importlib.util
 import itertools
 import json
 import os
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from common import (TORCHVISION_DATASETS, InputError, Normalize, ViT, eval_transform, load, load_dataset, load_rgb,
-                    number, restore)
+from common import (IMAGENET_MEAN, IMAGENET_STD, TORCHVISION_DATASETS, InputError, ViT, denormalize, eval_transform,
+                    load_dataset, load_image, normalize)
 from efficient_mae import p2dist_approximate
 from finetune import load_encoder
-from mae import patchify, unpatchify
-
-STANDARDISED = ("The model predicts patches standardised by their own mean and variance, so it says nothing of those "
-                "two: they are taken from the original patch. What is predicted is the pattern within a patch.")
+from mae import mean_and_std, patchify, random_masking, unpatchify
+from runs import check_alike, launch, load, number, reading
 
 
 def get_args(argv=None):
-    """Parses the command line."""
+    """Parses the command line. Raises InputError."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["seeds", "attention", "difficulty", "curves"])
+    parser.add_argument("what", choices=["seeds", "attention", "difficulty", "distances", "curves"])
     parser.add_argument("--ckpt", help="a script's last.pt; for attention also an encoder.pt")
     parser.add_argument("--images", nargs="+", default=["shapes"],
                         help="files, folders, data sets by name; where there is a validation part, its images")
     parser.add_argument("--data_root", default="data", help="where data sets given by name are")
-    parser.add_argument("--number", type=number(int, "[1, inf)"), default=4, help="how many images of a folder or set")
+    parser.add_argument("--number", type=number(int, "[1, 10000]"), default=4, help="images of a folder or set")
     parser.add_argument("--seeds", type=number(int, "[0, 4294967296)"), nargs="+", default=[0, 1, 2], help="of masks")
+    parser.add_argument("--mask_ratio", type=number(float, "(0, 1)"), nargs="+", help="seeds, difficulty (the first), "
+                        "distances: share of patches removed (default: as trained; distances 0.75 0.85 0.9)")
     parser.add_argument("--runs", nargs="+", help="curves: folders with a log.jsonl, or logs of results/reproduce.py")
     parser.add_argument("--key", default="loss", help="curves: which number of the log")
     parser.add_argument("--output", help="the picture (default: {what}.png)")
@@ -51,10 +54,12 @@ def get_args(argv=None):
     args.output = args.output or f"{args.what}.png"
     if args.what == "curves" and not args.runs:
         raise InputError("curves need --runs: folders that hold a log.jsonl")
-    if args.what != "curves" and not args.ckpt:
+    if args.what not in ("curves", "distances") and not args.ckpt:
         raise InputError(f"{args.what} needs --ckpt: a checkpoint of one of the scripts")
-    if args.what == "seeds" and len(args.seeds) < 2:
-        raise InputError("--seeds takes at least two seeds to compare")
+    if args.mask_ratio and args.what in ("attention", "curves"):
+        raise InputError(f"{args.what} takes no --mask_ratio: nothing is masked")
+    if args.what == "seeds" and len(args.seeds) * len(args.mask_ratio or [0]) < 2:
+        raise InputError("give at least two --seeds, or two values of --mask_ratio, to compare")
     if not os.path.isdir(os.path.dirname(args.output) or ".") or not args.output.endswith(".png"):
         raise InputError(f"--output {args.output} must end with .png, in a folder that exists")
     return args
@@ -63,40 +68,67 @@ def get_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and images
 # ---------------------------------------------------------------------------------------------------------------------
-def load_model(path):
-    """The model that a script's last.pt holds, in evaluation mode, and the script's name. Raises InputError."""
-    checkpoint = load(path)
-    if "decoder_pred.weight" not in checkpoint.get("model", {}) or not isinstance(checkpoint.get("args"), dict):
-        raise InputError(f"'{path}' holds no decoder, or not the arguments it was made with: give a script's last.pt")
-    own = {"parts": "emae", "gamma": "efficient_mae", "drop_edge": "robust_mae", "folds": "sdae"}   # arguments of one
-    name = next((own[flag] for flag in own if flag in checkpoint["args"]), "mae")
-    model = importlib.import_module(name).build_model(argparse.Namespace(**checkpoint["args"]))
-    restore(path, checkpoint, model=model)
-    return model.eval(), name
-
-
 def load_pixel_model(path):
-    """As load_model, of a method that predicts pixels."""
-    model, name = load_model(path)
-    if name == "sdae":
-        raise InputError("SdAE predicts features, not pixels: see its own reconstruction.png, or draw its attention")
+    """The model that a script's last.pt holds, in evaluation mode; the script, any in this folder that has build_model,
+    is the one that the checkpoint names. Its `channels` are their mean and standard deviation, for `normalize`. Raises
+    InputError, also if the model doesn't predict pixels."""
+    checkpoint = load(path)
+    with reading(path):
+        name, weights = checkpoint.get("method"), checkpoint.get("model", {})
+        if not any(key.startswith("decoder") for key in weights):
+            raise InputError(f"'{path}' holds no decoder: --ckpt takes a script's last.pt here")
+        if name not in [path.stem for path in Path(__file__).parent.glob("*.py")
+                        if "\ndef build_model(" in path.read_text(errors="replace")]:
+            raise InputError(f"'{path}' is of {str(name)[:50]!r}: no script here has that name and a build_model")
+        script = importlib.import_module(name)
+        args = argparse.Namespace(**{**vars(script.get_args([])), **checkpoint["args"]})    # newer ones: their default
+        if getattr(args, "decoder_depth", 0) > len(weights):
+            raise InputError(f"'{path}' has --decoder_depth {args.decoder_depth}, and fewer weights than that")
+        model = script.build_model(args)
+        check_alike(path, "model", weights, model.state_dict())
+        model.load_state_dict(weights)
+        model.channels = [[*map(float, x)] for x in (args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)]
+        black = normalize(torch.zeros(1, model.in_chans, *model_size(model)), *model.channels)
+        pred, _ = predict(model.eval(), black, 0)
+    if not hasattr(model, "norm_pix") or pred.shape[2] != black.numel() // model.num_patches:   # else 768 features pass
+        raise InputError(f"{name}.py predicts features, not pixels: see the run's own reconstruction.png, or draw its "
+                         "attention")
     return model
 
 
-def load_images(sources, number, img_size, data_root="data"):
-    """Images as for evaluation, uint8 (N, 3, H, W): each file, and of each folder or set `number`, evenly apart."""
+def set_mask_ratio(model, mask_ratio):
+    """Lets a model remove another share of the patches than it was trained with. Raises InputError."""
+    if not hasattr(model, "len_keep"):
+        raise InputError("--mask_ratio: this model's is fixed by its method")
+    len_keep = int(model.num_patches * (1 - mask_ratio) + 1e-6)
+    if not 0 < len_keep < model.num_patches - getattr(model, "mid_count", 0):
+        raise InputError(f"--mask_ratio {mask_ratio:g} doesn't suit this model's {model.num_patches} patches")
+    model.len_keep = len_keep
+
+
+def load_images(sources, number, img_size, data_root="data", in_chans=3):
+    """Images as for evaluation, (N, C, H, W): each file, and of each folder or set `number`, evenly apart."""
     found = []
     for source in sources:
         named = source == "shapes" or source in TORCHVISION_DATASETS
         if os.path.isfile(source):
-            found.append(load_rgb(source))
+            found.append(load_image(source, in_chans))
         elif named or os.path.isdir(source):
             held_out = named or os.path.isdir(os.path.join(source, "val"))
-            images = load_dataset(source, "val" if held_out else "pretrain", data_root)
+            images = load_dataset(source, "val" if held_out else "pretrain", data_root, in_chans)
             found += [images[i * len(images) // number][0] for i in range(min(number, len(images)))]
         else:
             raise InputError(f"no image, folder or data set '{source}'")
     return torch.stack([eval_transform(img_size)(img) for img in found])
+
+
+def rgb(imgs, raw):
+    """Images (N, C, H, W) as they can be drawn, (N, 3, H, W): the first three channels, or the first as grey; `raw` are
+    the images as loaded, of which all but bytes are shown from their 1st to 99th percentile."""
+    if raw.dtype != torch.uint8:
+        low, high = torch.from_numpy(np.quantile(raw, [0.01, 0.99], axis=(0, 2, 3), keepdims=True)).float()
+        imgs = (imgs - low) / (high - low)
+    return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -125,7 +157,8 @@ def target_of(model, imgs):
     if hasattr(model, "inter_patch_norm"):      # Robust MAE
         target = model.inter_patch_norm(target)
     if model.norm_pix:
-        target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+        mean, std = mean_and_std(target)
+        target = (target - mean) / std
     return target
 
 
@@ -208,37 +241,44 @@ def plot(path, lines, x, y, style="-"):
 # ---------------------------------------------------------------------------------------------------------------------
 def seeds(args):
     """One image under several masks: what is seen above, what is predicted below, and how far predictions differ."""
-    model, normalize = load_pixel_model(args.ckpt), Normalize()
-    raw = load_images(args.images, args.number, model_size(model), args.data_root)
-    imgs, rows, pictures = normalize(raw), [], []
-    predictions = [predict(model, imgs, seed) for seed in args.seeds]
-    apart = disagreement(predictions)
-    for seed in args.seeds:
+    model = load_pixel_model(args.ckpt)
+    raw = load_images(args.images, args.number, model_size(model), args.data_root, model.in_chans)
+    imgs, rows, titles, pictures, predictions = normalize(raw, *model.channels), [], ["original"], [], []
+    for ratio, seed in itertools.product(args.mask_ratio or [None], args.seeds):
+        if ratio is not None:
+            set_mask_ratio(model, ratio)
+        predictions.append(predict(model, imgs, seed))
         torch.manual_seed(seed)
-        pictures.append(model.picture(imgs, normalize)[1:3])            # the masks of `predict`
+        pictures.append([rgb(row, raw) for row in model.picture(imgs, *model.channels)])    # the masks of `predict`
+        titles.append(f"seed {seed}" if ratio is None else f"{ratio:g}, seed {seed}")
+    apart = disagreement(predictions)
     high = apart.nan_to_num(0.0).max().item()
     for i in range(len(imgs)):
-        rows.append([raw[i] / 255, *(masked[i] for masked, _ in pictures)])
-        rows.append([heat(apart[i], model.grid_size, 0, high), *(pasted[i] for _, pasted in pictures)])
-    notes = [f"The same images under {len(args.seeds)} masks: above what the model sees, below what it predicts. Below "
-             "the original: how far two predictions of a patch are apart, over the pairs of masks that both remove it, "
-             f"from 0 (dark) to {high:.2f} (bright), grey where there is no such pair; on average "
+        rows.append([pictures[0][0][i], *(picture[1][i] for picture in pictures)])
+        rows.append([heat(apart[i], model.grid_size, 0, high), *(picture[2][i] for picture in pictures)])
+    notes = [f"The same images under {len(predictions)} masks: above what the model sees, below what it predicts. "
+             "Below the original: how far two predictions of a patch are apart, over the pairs of masks that both "
+             f"remove it, from 0 (dark) to {high:.2f} (bright), grey where there is no such pair; on average "
              f"{apart.nanmean():.3f}, in units of the model's output."]
     notes += ["Of EMAE's parts, the first."] * hasattr(model, "parts")
     notes += ["Grey patches are not predicted."] * any(pred.isnan().any() for pred, _ in predictions)
-    notes += [STANDARDISED] * model.norm_pix
-    draw(rows, ["original", *(f"seed {seed}" for seed in args.seeds)], " ".join(notes), args.output)
+    if model.norm_pix:
+        notes += ["The model predicts patches standardised by their own mean and variance, so it says nothing of those "
+                  "two: they are taken from the original patch. What is predicted is the pattern within a patch."]
+    draw(rows, titles, " ".join(notes), args.output)
 
 
 def attention(args):
     """Each head's attention from the cls token, and their mean."""
-    weights, vit = load_encoder(args.ckpt)
+    weights, vit, (mean, std), _ = load_encoder(args.ckpt)
     model = ViT(**vit)
     model.load_state_dict(weights)
-    raw = load_images(args.images, args.number, vit["img_size"], args.data_root)
-    maps = cls_attention(model.eval(), Normalize()(raw))                                 # (N, heads, L)
-    rows = [[img / 255, heat(each.mean(dim=0), model.grid_size), *(heat(head, model.grid_size) for head in each)]
-            for img, each in zip(raw, maps)]
+    raw = load_images(args.images, args.number, vit["img_size"], args.data_root, model.in_chans)
+    channels = (mean or IMAGENET_MEAN, std or IMAGENET_STD)
+    imgs = normalize(raw, *channels)
+    maps = cls_attention(model.eval(), imgs)                                             # (N, heads, L)
+    rows = [[img, heat(each.mean(dim=0), model.grid_size), *(heat(head, model.grid_size) for head in each)]
+            for img, each in zip(rgb(denormalize(imgs, *channels), raw), maps)]
     draw(rows, ["image", "mean", "head 0", *map(str, range(1, maps.shape[1]))],
          f"Attention of the cls token to the patches in the last block: the mean of its {maps.shape[1]} heads, and "
          "each head, from the least (dark) to the most (bright) of each map.", args.output)
@@ -255,39 +295,65 @@ def patch_losses(model, imgs, seed):
 
 
 def difficulty(args):
-    """P²Dist and the loss of each removed patch, and the mean loss against P²Dist over 64 images or more."""
-    model, normalize = load_pixel_model(args.ckpt), Normalize()
-    raw, many = (load_images(args.images, number, model_size(model), args.data_root)
+    """P²Dist and the loss of each removed patch; against P²Dist, over 64 images or more, the mean loss and the same
+    times Eq. 2's weights d^-γ, which have a mean of 1 over an image's predicted patches (without γ of its own: 0.6)."""
+    model = load_pixel_model(args.ckpt)
+    if args.mask_ratio:
+        set_mask_ratio(model, args.mask_ratio[0])
+    raw, many = (load_images(args.images, number, model_size(model), args.data_root, model.in_chans)
                  for number in (args.number, max(64, args.number)))
-    imgs = normalize(raw)
+    imgs = normalize(raw, *model.channels)
     distance, loss, mask = patch_losses(model, imgs, args.seeds[0])
-    visible = patchify(imgs, model.patch_size) * (1 - mask[:, :, None])
-    masked = normalize.inverse(unpatchify(visible, model.patch_size, model.grid_size))
+    visible = unpatchify(patchify(imgs, model.patch_size) * (1 - mask[:, :, None]), model.patch_size, model.grid_size)
+    original, masked = (rgb(denormalize(x, *model.channels), raw) for x in (imgs, visible))
     high = torch.nanquantile(loss, 0.98).item()
-    rows = [[raw[i] / 255, masked[i], heat(distance[i], model.grid_size, 0), heat(loss[i], model.grid_size, 0, high)]
+    rows = [[original[i], masked[i], heat(distance[i], model.grid_size, 0), heat(loss[i], model.grid_size, 0, high)]
             for i in range(len(imgs))]
     draw(rows, ["original", "seen", "P2Dist", "loss"],
          f"Removed patches at a mask ratio of {mask.mean():.2f}: their P2Dist (Algorithm 1; dark: 0, bright: the "
          f"image's largest) and squared error (dark: 0, bright: {high:.2f} or more). Grey: visible, or not predicted. "
          + "The loss is that of patches standardised by their own mean and variance." * model.norm_pix, args.output)
-    imgs = normalize(many)
-    found = [[each.flatten() for each in patch_losses(model, imgs, seed)[:2]] for seed in args.seeds]
-    distance, loss = (torch.cat(each) for each in zip(*found))
-    distance, loss = distance[~loss.isnan()], loss[~loss.isnan()]
+
+    gamma = getattr(model, "gamma", 0.6)
+    found = [patch_losses(model, normalize(many, *model.channels), seed)[:2] for seed in args.seeds]
+    distance, loss = (torch.cat(each) for each in zip(*found))                           # (images · masks, L)
+    weight = (distance ** -gamma).where(~loss.isnan(), torch.nan)
+    weighted = loss * weight / weight.nanmean(dim=1, keepdim=True)
+    distance, loss, weighted = (each[~loss.isnan()] for each in (distance, loss, weighted))
     edges = torch.linspace(distance.min(), distance.max() + 1e-3, 9)
     which = torch.bucketize(distance, edges, right=True) - 1
-    centres, means = [], []
-    print(f"{len(imgs)} images, {len(args.seeds)} masks each\n{'P²Dist, pixels':>16} {'patches':>8} {'mean loss':>10}")
+    print(f"{len(many)} images, {len(args.seeds)} masks each\n{'P²Dist, pixels':>16} {'patches':>8} {'mean loss':>10} "
+          f"{'weighted':>9} (γ = {gamma:g})")
+    means = []
     for i in range(len(edges) - 1):
-        if (which == i).sum() >= 10:            # fewer say little
-            centres.append(distance[which == i].mean().item())
-            means.append(loss[which == i].mean().item())
-            print(f"{edges[i]:>7.1f} to {edges[i + 1]:>5.1f} {(which == i).sum().item():>8} {means[-1]:>10.3f}")
+        there = which == i
+        if there.sum() >= 10:                   # fewer say little
+            means.append([x[there].mean().item() for x in (distance, loss, weighted)])
+            print("{:>7.1f} to {:>5.1f} {:>8} {:>10.3f} {:>9.3f}".format(*edges[i:i + 2], there.sum(), *means[-1][1:]))
+    centres, *losses = zip(*means)
     path = str(Path(args.output).with_suffix("")) + "_curve.png"
     try:
-        plot(path, {args.ckpt: (centres, means)}, "P²Dist, pixels", "mean loss of a patch", "o-")
+        plot(path, {label: (centres, values) for label, values in zip((args.ckpt, "with the loss's weights"), losses)},
+             "P²Dist, pixels", "mean loss of a patch", "o-")
     except InputError as error:
         print(f"no {path}: {error}")
+
+
+def distances(args):
+    """Removed patches by P²Dist for each mask ratio, and the share of those beside a visible patch (in its 3×3
+    neighbourhood): means over 500 masks of 14 × 14 patches of 16 pixels."""
+    edges, lines = range(4, 60, 4), {}
+    noise = torch.rand(500, 196, generator=torch.Generator().manual_seed(args.seeds[0]))
+    print("removed patches with a P²Dist of … to … pixels\nratio", *(f"{low:>3}-{low + 4}" for low in edges), " beside")
+    for ratio in args.mask_ratio or [0.75, 0.85, 0.9]:
+        keep, remove = random_masking(noise, min(max(1, int(196 * (1 - ratio) + 1e-6)), 195))
+        near = torch.cat([p2dist_approximate(*ids, (14, 14), 16) for ids in zip(keep.split(50), remove.split(50))])
+        counts = [((low <= near) & (near < low + 4)).sum().item() / 500 for low in edges]
+        visible = torch.zeros(500, 196).scatter(1, keep, 1.0).unflatten(1, (1, 14, 14))
+        beside = F.max_pool2d(visible, 3, 1, 1).flatten(1).gather(1, remove).mean().item()
+        print(f"{ratio:<5g}", *(f"{count:>6.1f}" for count in counts), f"{beside:>7.1%}")
+        lines[f"mask ratio {ratio:g}"] = ([low + 2 for low in edges], counts)
+    plot(args.output, lines, "P²Dist, pixels", "removed patches", "o-")
 
 
 def curves(args):
@@ -318,8 +384,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except (InputError, OSError) as error:
-        print(f"visualize.py: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    launch(main, get_args)

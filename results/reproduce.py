@@ -29,11 +29,13 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import visualize
-from common import InputError, Normalize, number
+from common import InputError, normalize
+from runs import number
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # few_epochs: of runs on few images; sdae_epochs: the same, of SdAE. labels: whether runs on all images are evaluated
 # with all labels, or with those of the few. teacher: SdAE's flags, in runs on all images and on few. more_seeds: of MAE
@@ -331,7 +333,7 @@ def agreement(checkpoint, images):
     trained on: "masks", of one image under the masks of four seeds, "images", of two images. The second is what the
     first is to be measured by: a model that predicts the same for all images agrees with itself as well."""
     model = visualize.load_pixel_model(str(checkpoint))
-    imgs = Normalize()(visualize.load_images([str(images)], 512, visualize.model_size(model)))
+    imgs = normalize(visualize.load_images([str(images)], 512, visualize.model_size(model)))
     predictions = [visualize.predict(model, imgs, seed) for seed in range(4)]
     pred, mask = predictions[0]
     masks = visualize.disagreement(predictions)
@@ -387,7 +389,10 @@ def verdict(claim, better, worse, measure, margin=1.4, random=()):
 def table(scale, folder):
     """The Markdown page of a scale."""
     s, found = SCALES[scale], read(scale, folder)
-    of = lambda name, measure: found[name].get(measure, [])
+
+    def of(name, measure):
+        return found[name].get(measure, [])
+
     seeds = of("few_mae", "linear") or [0.0]
     margin = max(1.4, max(seeds) - min(seeds))
     row = {name: f"`{f'{script} {flags}'.strip()}` | {epochs_of(s, name, script) // fewer} | "

@@ -43,9 +43,9 @@ from runs import Run, check_alike, gather, launch, load, number, parse_args, rea
 
 RELEASED = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg", erasing=0.25,
                 beta2=0.999)
-PAPER = dict(RELEASED, blr=1e-3, layer_decay=0.75, erasing=0.0)                             # MAE's Table 9
+PAPER = dict(RELEASED, pool="cls", blr=1e-3, layer_decay=0.75, erasing=0.0)                 # MAE's Table 9, A.1
 SCRATCH = dict(RELEASED, batch_size=4096, blr=1e-4, weight_decay=0.3, warmup_epochs=20,     # MAE's Table 11
-               layer_decay=1.0, erasing=0.0, beta2=0.95)
+               layer_decay=1.0, erasing=0.0, beta2=0.95, pool="cls")
 LINEAR = dict(batch_size=16384, warmup_epochs=10, weight_decay=0.0, min_lr=0.0, pool="cls", blr=0.1, layer_decay=1.0,
               drop_path=0.0)                                                                # MAE's Table 10
 RECIPES = {  # of a name, a kind of training, and an encoder's size

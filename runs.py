@@ -646,6 +646,8 @@ def reading(path):
         raise
     except Exception as error:      # which, depends on what is wrong
         reason = (str(error).splitlines() or [""])[0]
+        if type(error).__name__ == "UnpicklingError":       # torch's words advise to run what the file holds
+            reason = "it is cut short, or holds more than tensors and plain containers"
         raise InputError(f"'{path}' cannot be used as a checkpoint ({type(error).__name__}: {reason})") from error
 
 

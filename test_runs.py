@@ -929,9 +929,10 @@ def test_a_run_that_diverges_stops(name, folder, tmp_path, capsys):
     """With the step, the rate, the gradient's norm and advice, and exit code 1; what was saved before is finite."""
     words = words_of(name, folder, tmp_path, *"--blr 1e30 --epochs 6 --warmup_epochs 5.9 --save_minutes 1e-9".split())
     assert command(name, words) == 1
-    said = re.search(r"\.py: error: not finite in step (\d+): loss \S+, gradient norm \S+, learning rate (\S+), "
-                     r"norm of the weights by now \S+\. The last checkpoint, if any, is from before\. Resume with "
-                     r"--amp none or a smaller --clip_grad, or start over with a smaller --blr", capsys.readouterr().err)
+    expected = (r"\.py: error: not finite in step (\d+): loss \S+, gradient norm \S+, learning rate (\S+), norm of "
+                r"the weights by now \S+\. The last checkpoint, if any, is from before\. Resume with --amp none or a "
+                r"smaller --clip_grad, or start over with a smaller --blr")
+    said = re.search(expected, capsys.readouterr().err)
     step, args = int(said[1]) - 1, module(name).get_args(words)
     if name == "finetune":
         finetune.fill_recipe(args, 128)

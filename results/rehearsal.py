@@ -5,13 +5,15 @@
 
 Shapes, types, devices, autocast and autograd are torch's own; nothing is computed. It exits with 1 if anything fails,
 a step waits for the device, a product under autocast is in float32, or a parameter gets no gradient; each run is also
-resumed. It can't see numbers, speed, streams, NCCL, or what a kernel refuses when it runs. Run by hand, since it patches
-what torch keeps private: Linux, g++, and torch 2.14 built for CUDA.
+resumed. It can't see numbers, speed, streams, NCCL, or what a kernel refuses when it runs. Run by hand, since it
+patches what torch keeps private: Linux, g++, and torch 2.14 built for CUDA. The table of memory is for steps of two
+parts (--accum_iter 2); an image is one of a part.
 """
 import argparse
 import collections
 import contextlib
 import ctypes
+import gc
 import importlib
 import itertools
 import math
@@ -179,21 +181,22 @@ def rehearse(name, words, watch):
 
     def save(obj, path):
         Path(path).touch()
-        saved.append(obj)
+        states = [x for x in tree_leaves((obj["model"], obj.get("optimizer"))) if isinstance(x, torch.Tensor)]
+        assert all(map(on_gpu, states)), "weights or the optimiser's state are on the CPU"
+        saved.append(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, obj))
 
     runs.make_loader, runs.save, runs.check_finite, common.CHUNK = make_loader, save, check, 10**9
     runs.append = runs.save_picture = lambda *_: None
     runs.Run.examples = lambda run, number=8: batch(number)[0].to(run.device)
-    runs.load = lambda path: tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, saved[0])
+    runs.load = lambda path: saved[0]
     module.load_dataset = lambda *_: Source(range(2 * (args.batch_size or 64)))
     module.load_labelled = lambda _: (module.load_dataset(), Source(range(256)))
     common.per_channel.cache_clear()                # of another rehearsal's tensors
     try:
         with tempfile.TemporaryDirectory() as args.output_dir:
             module.main(args)
+            gc.collect()
             module.main(args)
-        states = [(obj["model"], obj["optimizer"]) for obj in saved if "optimizer" in obj]
-        assert all(map(on_gpu, (x for x in tree_leaves(states) if isinstance(x, torch.Tensor)))), "a state on the CPU"
     finally:
         runs.check_finite = check_finite
 
@@ -220,7 +223,7 @@ def main():
     parser.add_argument("--amp", nargs="+", default=["bf16", "fp16"])
     args, bad = parser.parse_args(), 0
     sys.path.insert(0, str(ROOT))
-    print(f"torch {torch.__version__}. Peak memory on one GPU at 224 pixels: weights, gradients and optimiser; what each "
+    print(f"torch {torch.__version__}. Peak memory on one GPU, 224 pixels: weights, gradients and optimiser; what each "
           f"image adds;\nand how many fit into 72 GB.\n\n| | | | GB | MB an image | images |\n{'|---' * 6}|")
     for model, amp, name in itertools.product(args.models, args.amp, args.only):
         words = [*["--ckpt", "none", "--mode", name] * (name in MODES), "--model", model, "--amp", amp]

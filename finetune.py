@@ -490,6 +490,7 @@ def score(args):
     shares = gather(found)              # process r has the images r, r + world_size, …
     rows = [shares[i % len(shares)][i // len(shares)] for i in range(len(images))]
     if run.rank == 0:
+        kept = kept.tolist()
         with open(run.output / "predictions.csv", "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["file", "class", "probability"])

@@ -783,6 +783,7 @@ def test_init_from_other_shapes(folder, pretrained, tmp_path):
                                ("mae", "mask_token", "--decoder_embed_dim", "64"), ("sdae", "decoder_pred.weight")):
         refused(rf"{key}'\]: expected float strided .*, found float strided", method, folder, tmp_path / "new",
                 "--init_from", last, *more)
+    refused(r"mask_token'\]: expected", runs.load_weights, last, mae.MAE(32, 8, 128, 4, 2, 64, 1, 2, in_chans=4))
     refused("no checkpoint at ''", "mae", folder, tmp_path / "new", "--init_from", "")
     train("mae", *words, output / "last.pt", "--no_resume")
     assert read(output)["step"] == 6 and list(output.glob("last.????????-??????.pt"))
@@ -833,6 +834,8 @@ def test_weights_that_do_not_fit(pretrained, folder, tmp_path, not_restored):
     for position in (model["pos_embed"][0], model["pos_embed"][:, 1:], None):
         torch.save({**last, "model": {**model, "pos_embed": position}}, path)
         refused("last.pt'", finetune.load_encoder, path)
+    torch.save({**last, "model": {**model, "x": {}}}, path)
+    refused("expected nothing, found dict", "mae", folder, tmp_path)
     torch.save({**last, "model": {**model, "blocks.a.x": torch.zeros(3)}}, path)
     refused("expected nothing, found float32", "mae", folder, tmp_path)
     refused("last.pt'", finetune.load_encoder, path)
@@ -844,28 +847,31 @@ def test_weights_that_do_not_fit(pretrained, folder, tmp_path, not_restored):
 
 
 STATES = {      # what may be wrong with the rest of a checkpoint at step 3 of 6
-    "step": (-5, 0, 2.5, "x", True, 7, torch.tensor(3)), "method": ("emae", None), "args": (None, 3, [], {}, "x"),
-    "code": (None, "x", "a b c"), "optimizer": (None, {}, {"state": {}}, {"state": {0: 1}}),
-    "names": (None, ["a"] * 5, []), "totals": (None, "x", [[1.0]], {}), "count": (0, 4, math.nan, "x"), "scaler": (),
-    "seconds": (0, math.inf, None), "lr": (-1, math.inf, []), "skipped": (None, [1], {"a": "x"}), "model": ()}
+    "model": (), "scaler": (), "optimizer": (None, {}, {"state": {}}, {"state": {0: 1}}), "code": (None, "x", "a b c"),
+    "step": (-5, 0, 2.5, "x", True, 7, torch.tensor(3)), "method": ("emae", None), "names": (None, ["a"] * 5, []),
+    "args": (None, 3, [], {}, "x", {"epochs": torch.zeros(3)}), "totals": (None, "x", (), [[1.0]], [[math.nan, 1.0]]),
+    "count": (0, 4, math.nan, "x"), "seconds": (0, math.inf, None), "lr": (-1, math.inf, []),
+    "skipped": (None, [1], {"a": "x"})}
 
 
 def test_states_that_do_not_fit(folder, tmp_path, not_restored):
     """Every part of a checkpoint but its weights: one line, and nothing is restored."""
-    output, last_of = tmp_path / "out", {}
+    output = tmp_path / "out"
     cut_off("mae", 3, folder, output)
     last = read(output)
     assert last.keys() == STATES.keys()
     wrong = [{**last, part: value} for part, values in STATES.items() for value in values]
     wrong += [{key: value for key, value in last.items() if key != part} for part in STATES]
     state = last["optimizer"]["state"]
-    last_of = [{**state[3], "exp_avg": change(state[3]["exp_avg"])} for change in TENSORS.values()]
-    last_of += [{**state[3], "step": 1.0}, {**state[3], "more": 1}, {"step": state[3]["step"]}]
-    wrong += [{**last, "optimizer": {"state": {**state, 3: each}}} for each in last_of]
+    others = [{**state[3], "exp_avg": change(state[3]["exp_avg"])} for change in TENSORS.values()]
+    others += [{**state[3], "step": 1.0}, {**state[3], "more": 1}, {"step": state[3]["step"]}]
+    wrong += [{**last, "optimizer": {"state": {**state, 3: other}}} for other in others]
     for changed in wrong:
         torch.save(changed, output / "last.pt")
         refused("last.pt'?(:| is| cannot)", "mae", folder, output)
     not_restored.undo()
+    for each in state.values():                                 # the same numbers in another order in memory
+        each["exp_avg"] = each["exp_avg"].transpose(0, -1).contiguous().transpose(0, -1)
     torch.save({**last, "optimizer": {"state": state}}, output / "last.pt")     # groups (rates) are the script's own
     train("mae", folder, output)
     train("mae", folder, tmp_path / "whole")

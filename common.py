@@ -103,11 +103,13 @@ def init_linear(module):
 
 def attention(q, k, v, dropout=0.0, mask=None):
     """softmax(q kᵀ / √d) v with dropout on the probabilities; q, k, v and the result are (N, heads, L, d).
-    `mask` broadcasts to (N, heads, L, L) and is false where a query (third axis) must not see a key (fourth)."""
+    `mask` broadcasts to (N, heads, L, L) and is false where a query (third axis) must not see a key (fourth), or else
+    is added to the scores."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # there the fused kernel was 1.2 to 3 times slower
         attn = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-        attn = (attn if mask is None else attn.masked_fill(~mask, -math.inf)).softmax(dim=-1)
-        return F.dropout(attn, dropout, training=dropout > 0) @ v
+        if mask is not None:
+            attn = attn.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else attn + mask
+        return F.dropout(attn.softmax(dim=-1), dropout, training=dropout > 0) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -126,19 +128,22 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `attn_drop` is the dropout on its probabilities in training."""
+    """Multi-head self-attention; `attn_drop` is the dropout on its probabilities in training. `bias`: a module from the
+    queries (N, heads, L, d) to what is added to the scores, broadcast to (N, heads, L, L)."""
 
-    def __init__(self, dim, num_heads, attn_drop=0.0):
+    def __init__(self, dim, num_heads, attn_drop=0.0, bias=None):
         super().__init__()
         self.num_heads = num_heads
         self.attn_drop = attn_drop
+        self.bias = bias
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         N, L, D = x.shape
         q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = attention(q, k, v, self.attn_drop if self.training else 0.0)        # (N, heads, L, D/heads)
+        bias = None if self.bias is None else self.bias(q).to(q.dtype)
+        x = attention(q, k, v, self.attn_drop if self.training else 0.0, bias)  # (N, heads, L, D/heads)
         return self.proj(x.transpose(1, 2).reshape(N, L, D))
 
 
@@ -204,6 +209,18 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def forward_maps(self, imgs, taps):
+        """Images (N, C, H, W) to what comes out of the blocks `taps`, counted from 0, without the last norm: a list of
+        maps (N, D, rows, columns), shallow to deep."""
+        x = self.patch_embed(imgs)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in taps:
+                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, self.grid_size))
+        return maps
 
     def features(self, imgs, pool="cls"):
         """One vector an image, (N, D): the cls token, or the mean of the patch tokens (`pool="avg"`)."""
@@ -479,7 +496,7 @@ def draw_shape(pattern, random, size=36):
 
 
 class Scenes(Dataset):
-    """A small data set for segmentation and detection, drawn like Shapes: 64×64 pixels with one to five shapes, of which
+    """A small data set for segmentation and detection, drawn like Shapes: 64×64 pixels, one to five shapes, of which
     the next may hide a quarter of what an earlier one shows. The class is the outline; pattern, light and clutter are
     those of Shapes, and tell nothing.
 
@@ -497,7 +514,7 @@ class Scenes(Dataset):
 
     def __getitem__(self, index):
         img, shown, labels = self.items[index]
-        return Image.fromarray(img), shown, labels
+        return torch.from_numpy(img).permute(2, 0, 1), shown, labels
 
 
 def draw_scene(random, size=64):

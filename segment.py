@@ -47,8 +47,8 @@ from finetune import load_encoder, param_groups, resample_pos_embed
 from runs import Run, gather, launch, number, parse_args, save_picture
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
-DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], taps=[0, 1, 2, 3], head_channels=64,
-            num_steps=620, warmup_steps=60, batch_size=16, lr=2e-3, layer_decay=0.75, drop_path=0.0, num_workers=0)
+DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], taps=[0, 1, 2, 3], head_channels=32,
+            num_steps=434, warmup_steps=40, batch_size=16, lr=2e-3, layer_decay=0.75, drop_path=0.0, num_workers=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def get_args(argv=None):
 
     data = parser.add_argument_group("images and masks")
     data.add_argument("--resize", type=number(int, "[1, 16384]"),
-                      help="pixels of an image's shorter side, before a random scale of 0.5 to 2 (default: --img_size's)")
+                      help="pixels of an image's shorter side, before the random scale (default: --img_size's)")
     data.add_argument("--stride", type=number(int, "[1, 16384]"), nargs="+",
                       help="pixels between windows in evaluation (default: 2/3 of --img_size)")
     data.add_argument("--ignore", type=number(int, "[0, 255]"), default=255, help="mask value of unlabelled pixels")
@@ -129,8 +129,8 @@ def finish_args(args, name, recipe):
 
 
 def open_encoder(args):
-    """The encoder that --ckpt names, for images of --img_size: its weights (None for `none`), ViT's keywords for it, and
-    a hash of the weights. Its channels become the arguments'. Raises InputError."""
+    """The encoder that --ckpt names, for images of --img_size: its weights (None for `none`), ViT's keywords for it,
+    and a hash of the weights. Its channels become the arguments'. Raises InputError."""
     if args.ckpt == "none":
         vit = dict(VIT_SIZES[args.model or "vit_base"], img_size=args.img_size, in_chans=args.in_chans)
         vit.update(patch_size=args.patch_size or vit["patch_size"])
@@ -183,8 +183,8 @@ class MaskFolder(Dataset):
         except Exception as error:      # what Pillow raises depends on what is wrong
             raise InputError(f"{path!r} cannot be used as a mask: {error!r}") from error
         if mask.dtype != torch.uint8 or mask.shape != img.shape[1:]:
-            raise InputError(f"{path!r} must have one byte for each of the image's {img.shape[2]}×{img.shape[1]} pixels; "
-                             f"it is {'×'.join(map(str, mask.shape[::-1]))}, {str(mask.dtype).removeprefix('torch.')}")
+            raise InputError(f"{path!r} must have one byte for each of the image's {img.shape[2]}×{img.shape[1]} pixels;"
+                             f" it is {'×'.join(map(str, mask.shape[1::-1]))}, {mask[0, 0].numel()} of {mask.dtype}")
         mask = mask - 1 if self.ade else mask       # 0 becomes 255
         unknown = set(mask.unique().tolist()) - set(range(len(self.classes))) - {self.ignore}
         if unknown:
@@ -235,8 +235,8 @@ def resize_mask(masks, size):
 
 
 def cut(x, top, left, size, fill):
-    """The window (…, height, width) of `x` from (top, left) on; where `x` ends before it, `fill` follows: a number, or a
-    tensor that broadcasts."""
+    """The window (…, height, width) of `x` from (top, left) on; where `x` ends before it, `fill` follows: a number, or
+    a tensor that broadcasts."""
     x = x[..., top:top + size[0], left:left + size[1]]
     window = torch.zeros(*x.shape[:-2], *size, dtype=x.dtype) + torch.as_tensor(fill, dtype=x.dtype)
     window[..., :x.shape[-2], :x.shape[-1]] = x
@@ -298,8 +298,8 @@ class EvalTransform:
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
 class RelativePositionBias(nn.Module):
-    """A number for each head and each offset between two patches, and three for pairs with the cls token; all start at
-    zero (BEiT, arXiv:2106.08254; MAE, A.4)."""
+    """A number for each head and each offset between two patches, and three for pairs with the cls token; all start
+    at zero (BEiT, arXiv:2106.08254; MAE, A.4)."""
 
     def __init__(self, num_heads, grid_size):
         super().__init__()
@@ -426,8 +426,8 @@ def learning_rate(step, args):
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 def slide(model, imgs, size, stride):
-    """Logits (N, classes, H, W) of images (N, C, H, W) of any size, from windows of `size` that are `stride` apart; the
-    last ones end at the edge, and where windows overlap their logits are averaged. Smaller images are filled up."""
+    """Logits (N, classes, H, W) of images (N, C, H, W) of any size, from windows of `size` that are `stride` apart. The
+    last ones end at the edge; where windows overlap, their logits are averaged. Smaller images are filled up."""
     N, C, H, W = imgs.shape
     imgs = F.pad(imgs, (0, max(0, size[1] - W), 0, max(0, size[0] - H)))
     tops, lefts = (sorted({min(i, n - side) for i in range(0, n - side + step, step)})
@@ -445,7 +445,8 @@ def slide(model, imgs, size, stride):
 def confusion(pred, target, num_classes, ignore):
     """How many pixels of each class (rows) are predicted as which (columns): (classes, classes) int64."""
     keep = target != ignore
-    return torch.bincount(target[keep].long() * num_classes + pred[keep], minlength=num_classes**2).view(num_classes, -1)
+    cells = target[keep].long() * num_classes + pred[keep]
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def scores(matrix):
@@ -515,7 +516,8 @@ def main(args):
         raise InputError("--batch_size must leave at least 2 images for a process to normalise over")
 
     torch.manual_seed(args.seed)                    # every process starts from the same weights
-    model = Segmenter(len(train_set.classes), args.head, args.head_channels, args.taps, args.drop_path, args.freeze, **vit)
+    model = Segmenter(len(train_set.classes), args.head, args.head_channels, args.taps, args.drop_path, args.freeze,
+                      **vit)
     if weights is not None:
         model.load_state_dict(weights, strict=False)    # new: the head, biases and scales
     if device.type == "cuda" and run.world_size > 1:
@@ -555,15 +557,15 @@ def main(args):
             optimizer.zero_grad()
             run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
 
-        last = epoch == run.num_epochs - 1
-        result = evaluate(run, model, val_crops, channels, args) if last or (epoch + 1) % args.eval_epochs == 0 else None
+        due = epoch == run.num_epochs - 1 or (epoch + 1) % args.eval_epochs == 0
+        result = evaluate(run, model, val_crops, channels, args) if due else None
         run.end_epoch(**(dict(zip(("mIoU", "mAcc", "aAcc"), result)) if result else {}))
     result = result or evaluate(run, model, val_crops, channels, args)      # of a run that was finished before
     run.finish()
     if run.rank == 0:
         save_picture(picture(run, model, val_crops, channels, args), run.output / "predictions.png")
     *means, iou = result
-    per_class = {name: None if value != value else round(value, 2) for name, value in zip(val_set.classes, iou.tolist())}
+    per_class = {name: round(value, 2) if value == value else None for name, value in zip(val_set.classes, iou.tolist())}
     result = {**dict(zip(("mIoU", "mAcc", "aAcc"), (round(x, 2) for x in means))), "images": len(val_set),
               "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data, "classes": per_class}
     report(run, result, args)

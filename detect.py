@@ -5,10 +5,10 @@
     python detect.py --demo --ckpt runs/mae/last.pt                                 # a laptop CPU, on drawn scenes
 
 `--ckpt` takes what finetune.py takes. `--data` is `scenes`, or a folder in COCO's layout: SPLIT/ with images and
-annotations/instances_SPLIT.json, where SPLIT is train and val, or train2017 and val2017. Where no annotation has a segmentation,
-boxes alone are trained (Faster R-CNN). The result is the last line printed and OUTPUT/result.json: COCO's AP, AP50 and
-AP75 of boxes and masks, in %, by pycocotools. OUTPUT/predictions.png shows validation images, their truth, and what is
-found.
+annotations/instances_SPLIT.json, where SPLIT is train and val, or train2017 and val2017. Unless all annotations have
+a segmentation, boxes alone are trained (Faster R-CNN). The result is the last line printed and OUTPUT/result.json:
+COCO's AP, AP50 and AP75 of boxes and masks, in %, by pycocotools. OUTPUT/predictions.png shows validation images, their
+truth, and what is found.
 
 ViTDet (Li et al., arXiv:2203.16527): the plain ViT attends within windows of 14 × 14 patches, but for the last block of
 each quarter, which attends globally (Section 3, "Backbone adaptation"); decomposed relative positions are added in all
@@ -296,8 +296,8 @@ def fit(img, target, size, scale):
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
 class DecomposedBias(nn.Module):
-    """The relative positions of MViTv2 (arXiv:2112.01526, Section 4.1): a query's product with a vector for the vertical
-    offset, plus that with one for the horizontal offset. Both tables start at zero."""
+    """The relative positions of MViTv2 (arXiv:2112.01526, Section 4.1): a query's product with a vector for the
+    vertical offset, plus that with one for the horizontal offset. Both tables start at zero."""
 
     def __init__(self, head_dim, grid_size):
         super().__init__()
@@ -396,8 +396,8 @@ def norm(channels):
 
 
 class Detector(nn.Module):
-    """torchvision's Mask R-CNN (Faster R-CNN without masks) on ViTDet, for images that are scaled and filled up already:
-    `forward` goes around its own transform."""
+    """torchvision's Mask R-CNN (Faster R-CNN without masks) on ViTDet, for images that are scaled and filled up:
+    torchvision's own transform is not used. It would scale small images up again, and undo the jitter."""
 
     def __init__(self, num_classes, masks=True, rois=512, **vitdet):
         super().__init__()
@@ -491,7 +491,7 @@ def evaluate(run, model, crops, channels):
 
 
 def average_precision(coco, results, masks):
-    """COCO's figures for results in COCO's format: {"box_AP": …, "box_AP50": …, "box_AP75": …, "mask_AP": …, …}, in %."""
+    """COCO's figures, in %, for results in COCO's format: {"box_AP": …, "box_AP50": …, "box_AP75": …, "mask_AP": …}."""
     figures = {}
     for kind, name in (("bbox", "box"), ("segm", "mask"))[:1 + masks]:
         values = [0.0, 0.0, 0.0]

@@ -29,6 +29,7 @@ Measured: on `scenes`, three seeds, results/dense/. ADE20K and GPUs: not run.
 import argparse
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -183,8 +184,8 @@ class MaskFolder(Dataset):
         except Exception as error:      # what Pillow raises depends on what is wrong
             raise InputError(f"{path!r} cannot be used as a mask: {error!r}") from error
         if mask.dtype != torch.uint8 or mask.shape != img.shape[1:]:
-            raise InputError(f"{path!r} must have one byte for each of the image's {img.shape[2]}×{img.shape[1]} pixels;"
-                             f" it is {'×'.join(map(str, mask.shape[1::-1]))}, {mask[0, 0].numel()} of {mask.dtype}")
+            raise InputError(f"{path!r} is {'×'.join(map(str, mask.shape))} of {mask.dtype}; it must be one byte for "
+                             f"each pixel of the image, {img.shape[1]}×{img.shape[2]}")
         mask = mask - 1 if self.ade else mask       # 0 becomes 255
         unknown = set(mask.unique().tolist()) - set(range(len(self.classes))) - {self.ignore}
         if unknown:
@@ -309,7 +310,9 @@ class RelativePositionBias(nn.Module):
         y, x = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
         index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64)
         index[1:, 1:] = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
-        index[0, :], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2       # cls to patch, patch to cls, cls
+        index[0, :] = offsets           # the cls token sees a patch,
+        index[:, 0] = offsets + 1       # a patch sees it,
+        index[0, 0] = offsets + 2       # it sees itself
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, q):
@@ -565,9 +568,10 @@ def main(args):
     if run.rank == 0:
         save_picture(picture(run, model, val_crops, channels, args), run.output / "predictions.png")
     *means, iou = result
-    per_class = {name: round(value, 2) if value == value else None for name, value in zip(val_set.classes, iou.tolist())}
+    iou = [None if math.isnan(value) else round(value, 2) for value in iou.tolist()]    # NaN: no pixel of that class
     result = {**dict(zip(("mIoU", "mAcc", "aAcc"), (round(x, 2) for x in means))), "images": len(val_set),
-              "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data, "classes": per_class}
+              "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data,
+              "classes": dict(zip(val_set.classes, iou))}
     report(run, result, args)
     return result
 

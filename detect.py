@@ -451,7 +451,7 @@ def param_groups(model, weight_decay, layer_decay):
 def learning_rate(step, args):
     """Rate at a step: linear warm-up from 0 to lr, a tenth of it from 8/9 of the steps on, a hundredth from 26/27."""
     warm = min(1.0, step / args.warmup_steps) if args.warmup_steps else 1.0
-    return args.lr * warm * 0.1 ** ((step >= args.num_steps * 8 // 9) + (step >= args.num_steps * 26 // 27))
+    return args.lr * warm * 0.1 ** ((step >= round(args.num_steps * 8 / 9)) + (step >= round(args.num_steps * 26 / 27)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -192,18 +192,22 @@ class Run:
                 self.say(f"channels, measured: --mean {mean} --std {std}")
         return args.mean, args.std
 
-    def resume(self, crops, model, optimizer, scaler, init_from=None, **recipe):
+    def resume(self, crops, model, optimizer, scaler, init_from=None, num_steps=None, **recipe):
         """Restores model, optimiser (its rate still 0) and scaler from OUTPUT/last.pt. If there is none a new run
-        begins, from the weights of the checkpoint `init_from` if given.
+        begins, from the weights of the checkpoint `init_from` if given. `num_steps`: how long it is, instead of
+        --epochs; the last epoch may then be cut short.
 
         `recipe`: what else, besides the arguments and the images, makes this run what it is. Raises InputError if the
         checkpoint is broken or another run's, and if there is no room for new ones.
         """
         args, last = self.args, self.output / "last.pt"
         self._crops, self._model, self._optimizer, self._scaler = crops, model, optimizer, scaler
-        batches = GlobalBatches(len(crops), args.batch_size, args.epochs, args.accum_iter, self.rank, self.world_size,
+        epochs = 0 if num_steps else args.epochs
+        batches = GlobalBatches(len(crops), args.batch_size, epochs, args.accum_iter, self.rank, self.world_size,
                                 args.seed)
         self.step, self.steps_per_epoch, self._chunks = 0, batches.steps_per_epoch, batches.chunks
+        self.num_steps = batches.num_steps = num_steps or batches.num_steps
+        self.num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
         own = {name: value for name, value in vars(args).items() if name not in ("_defaults", "no_resume")}
         self._recipe = {**own, **recipe, "images": inventory(crops.source), "steps_per_epoch": self.steps_per_epoch}
         self._begin_epoch()
@@ -220,29 +224,29 @@ class Run:
             self.say(load_weights(init_from, model))
         batches.start_step = self.step
 
-        self.epoch = self.step // self.steps_per_epoch
+        self.epoch = self.num_epochs if self.step == self.num_steps else self.step // self.steps_per_epoch
         over = gather(tidy_output(self.output, self.step, self.epoch) if self.rank == 0 else None)[0]
-        if self.step and self.step % self.steps_per_epoch == 0:
+        if self.step and self.step in (self.epoch * self.steps_per_epoch, self.num_steps):
             if self.epoch - 1 in over:
                 self._begin_epoch()
             else:
                 self.epoch -= 1         # all its steps are done, but what follows them is not
-        self._nothing_left = self.epoch == args.epochs
+        self._nothing_left = self.epoch == self.num_epochs
         self._batches = make_loader(crops, batches, args.num_workers, self.device)
         self.say(f"{self.method}: {sum(p.numel() for p in params) / 1e6:.1f} M trained parameters, "
                  f"{len(crops)} images, {self.device.type}, amp {str(self.dtype).removeprefix('torch.')}\n"
                  f"{args.batch_size // self.world_size // args.accum_iter} images per step per process × "
                  f"{self.world_size} process(es) × {args.accum_iter} accumulated = effective batch {args.batch_size}\n"
-                 f"epochs {self.epoch} to {args.epochs} of {self.steps_per_epoch} steps each, into {self.output}")
+                 f"epochs {self.epoch} to {self.num_epochs} of {self.steps_per_epoch} steps each, into {self.output}")
 
     def epochs(self):
         """The numbers of the epochs that are not over yet. From here on signals are heeded."""
         self._signals.install()
         size = self.args.batch_size
-        self._bar = tqdm(total=self.args.epochs * self.steps_per_epoch * size, initial=self.step * size,
+        self._bar = tqdm(total=self.num_steps * size, initial=self.step * size,
                          unit=" images", unit_scale=True, disable=self.rank > 0, mininterval=bar_seconds())
         self._start = time.time() - self._seconds
-        while self.epoch < self.args.epochs:
+        while self.epoch < self.num_epochs:
             epoch = self.epoch
             yield epoch
             if self.epoch == epoch:
@@ -250,7 +254,7 @@ class Run:
 
     def steps(self):
         """The numbers of this epoch's steps that are still to be done."""
-        while self.step < (self.epoch + 1) * self.steps_per_epoch:
+        while self.step < self._epoch_end():
             step = self.step
             self._row, self._added = 0.0, 0
             yield step
@@ -289,7 +293,7 @@ class Run:
         self._count += 1
         self._window.append((self.step, self._lr, row))
         self.step += 1
-        ended = self.step == (self.epoch + 1) * self.steps_per_epoch
+        ended = self.step == self._epoch_end()
         request = self._signals.poll()
         self._bar.update(self.args.batch_size)
         if ended or request or self._count % 20 == 0:
@@ -313,7 +317,7 @@ class Run:
         """Writes the epoch's line into OUTPUT/log.jsonl: the statistics' means, and `more`. With it the epoch is over.
         `picture`: rows of images (N, C, H, W), the first as they are, for OUTPUT/reconstruction.png.
         `keep`: state dicts by name, for OUTPUT/NAME-EPOCH.pt after every --keep_every epochs. Raises OSError."""
-        if self.step != (self.epoch + 1) * self.steps_per_epoch:
+        if self.step != self._epoch_end():
             raise RuntimeError("run.end_epoch() comes after the epoch's last step: do not leave run.steps() early")
         totals = gather(self._totals.tolist())                              # (processes, statistics)
         if self.rank == 0:
@@ -362,6 +366,9 @@ class Run:
         """Prints a line, from one process."""
         if self.rank == 0:
             print(text, flush=True)
+
+    def _epoch_end(self):
+        return min((self.epoch + 1) * self.steps_per_epoch, self.num_steps)
 
     def _to_device(self, batch):
         return [x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch]
@@ -428,12 +435,11 @@ class Run:
         if changed.keys() - MAY_CHANGE:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "
                              f"resume it, or {advice}")
-        num_steps = self.args.epochs * self.steps_per_epoch
-        if type(step) is not int or not 0 < step <= num_steps:
-            raise InputError(f"{path} is at step {step} of {num_steps}: {advice}")
+        if type(step) is not int or not 0 < step <= self.num_steps:
+            raise InputError(f"{path} is at step {step} of {self.num_steps}: {advice}")
         own_python, own_source = self._code.split(" ")
         if python == own_python and source != own_source:
-            if step == num_steps:
+            if step == self.num_steps:
                 raise InputError(f"{path} is of a finished run, and the code has changed since: {advice}")
             changed["code"] = f"another code ({self.method}.py or common.py has changed)"
         if changed:

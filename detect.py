@@ -1,0 +1,622 @@
+"""What pre-trained features are worth for object detection and instance segmentation: ViTDet with Mask R-CNN.
+
+    python detect.py --ckpt runs/mae/encoder.pt --data coco --accum_iter 16
+    torchrun --nproc_per_node 8 detect.py --ckpt runs/mae/encoder.pt --data coco    # batch 64: 8 images a GPU
+    python detect.py --demo --ckpt runs/mae/last.pt                                 # a laptop CPU, on drawn scenes
+
+`--ckpt` takes what finetune.py takes. `--data` is `scenes`, or a folder in COCO's layout: SPLIT/ with images and
+annotations/instances_SPLIT.json, where SPLIT is train and val, or train2017 and val2017. Unless all annotations have
+a segmentation, boxes alone are trained (Faster R-CNN). The result is the last line printed and OUTPUT/result.json:
+COCO's AP, AP50 and AP75 of boxes and masks, in %, by pycocotools. OUTPUT/predictions.png shows validation images, their
+truth, and what is found.
+
+ViTDet (Li et al., arXiv:2203.16527): the plain ViT attends within windows of 14 × 14 patches, but for the last block of
+each quarter, which attends globally (Section 3, "Backbone adaptation"); decomposed relative positions are added in all
+blocks. A simple feature pyramid makes strides 4 to 32 from the last map alone ("Simple feature pyramid"). Region
+proposals, RoI align and heads are torchvision's, with the four convolutions and LayerNorms of ViTDet (Appendix A.2).
+
+The recipe is ViTDet's, behind EMAE's Table 3 (the rows without Cascade): 1024 × 1024 pixels, large-scale jitter 0.1 to
+2, batch 64, AdamW at 1e-4, 184,375 steps, × 0.1 at 8/9 and 26/27 of them. Others used another: MAE's Table 4,
+EMAE's Table 2 and Robust MAE's Table 3 that of Li et al. (arXiv:2111.11429), SdAE's Table 4 MMDetection's 1× schedule,
+and Efficient MAE's Table 10 "a smaller batch size and fewer training epochs".
+
+Where this differs from detectron2, in which ViTDet is published:
+- torchvision's RoI align is not shifted by half a pixel (`aligned`), and box losses are smooth L1 with β = 1/9, not L1.
+- Masks are resized as bitmaps, not as polygons. As there, boxes are recomputed from the masks after the crop; where
+  there are no masks they are clipped. Images are resized with antialiasing, and filled up with their mean colour.
+- Images without boxes train too. At most 2 · --rois regions are proposed in an image, 1,000 at most.
+- Positions are resampled once, to --img_size.
+
+Measured: on `scenes`, three seeds, results/dense/. COCO and GPUs: not run.
+"""
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, default_collate
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from common import Block, InputError, Scenes, ViT, init_linear, load_image, normalize
+from runs import Run, gather, launch, number, parse_args, save_picture
+from segment import (Pairs, cut, encoder_args, finish_args, mean_colour, open_encoder, report, resize, resize_mask,
+                     training_args)
+
+try:
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:
+    COCO = None
+
+DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], fpn_channels=32, rois=32,
+            jitter=[0.7, 1.4], num_steps=625, warmup_steps=50, batch_size=8, lr=2e-3, layer_decay=0.75, drop_path=0.0,
+            num_workers=0, clip_grad=5.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def get_args(argv=None):
+    """Parses the command line. Raises InputError."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    encoder_args(parser, img_size=1024, drop_path=None)
+    model = parser.add_argument_group("detector")
+    model.add_argument("--window", type=number(int, "[0, 16384]"), default=14,
+                       help="patches a side of a window; 0: all blocks attend globally")
+    model.add_argument("--fpn_channels", type=number(int, "[4, 65536]"), default=256)
+    model.add_argument("--rois", type=number(int, "[4, 65536]"), default=512,
+                       help="regions of an image that the box head trains on")
+    model.add_argument("--jitter", type=number(float, "(0, inf)"), nargs=2, default=[0.1, 2.0],
+                       help="scale of an image in training, 1: it just fits into --img_size")
+    training_args(parser, num_steps=184375, warmup_steps=250, batch_size=64, weight_decay=0.1, eval_epochs=10)
+    args = parse_args(parser, argv, demo=DEMO)
+    finish_args(args, "detect", dict(lr=1e-4))
+    if args.img_size[0] != args.img_size[1]:
+        raise InputError("--img_size is one number here: images are filled up to a square")
+    if args.jitter[0] > args.jitter[1]:
+        raise InputError(f"--jitter {args.jitter[0]:g} {args.jitter[1]:g}: the first must not be the larger")
+    if COCO is None:
+        raise InputError("pycocotools is needed for COCO's evaluation: pip install pycocotools")
+    return args
+
+
+def fill_recipe(args, embed_dim):
+    """Sets layer decay and drop path, which depend on the encoder's size, where the command line left them open."""
+    size = dict(layer_decay=0.7, drop_path=0.1) if embed_dim <= 768 else dict(layer_decay=0.8, drop_path=0.4)
+    for name, value in size.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images with annotated objects
+# ---------------------------------------------------------------------------------------------------------------------
+class CocoFolder(Dataset):
+    """Items: (image (C, H, W), target), and None. A target is a dict of `masks` (n, H, W) uint8 (if the set has masks),
+    `boxes` (n, 4) float32 as x1, y1, x2, y2, `labels` (n,) from 1 on and `image_id`. In training (`crowds` false)
+    crowds are left out. `dropped` counts the broken boxes that were left out. Raises InputError."""
+
+    def __init__(self, root, split, crowds, in_chans=3):
+        name = next((name for name in (split, f"{split}2017")
+                     if os.path.isfile(os.path.join(root, "annotations", f"instances_{name}.json"))), split)
+        path, self.folder = os.path.join(root, "annotations", f"instances_{name}.json"), os.path.join(root, name)
+        try:
+            with open(path) as file:
+                content = json.load(file)
+            self.coco, self.dropped = check_coco(content)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"'{path}' is no JSON file in COCO's format: {error!r}") from error
+        if not os.path.isdir(self.folder):
+            raise InputError(f"no folder '{self.folder}' for the images of '{path}'")
+        self.categories = {c["id"]: i for i, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]), 1)}
+        self.classes = [self.coco.cats[number]["name"] for number in self.categories]
+        self.has_masks = all(a.get("segmentation") for a in self.coco.anns.values())
+        self.ids, self.crowds, self.in_chans = sorted(self.coco.imgs), crowds, in_chans
+        self.root = os.fsencode(self.folder)
+        names = [os.path.join(self.folder, self.coco.imgs[i]["file_name"]) for i in self.ids]
+        self.paths = np.array([os.fsencode(name) for name in names])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        info = self.coco.imgs[self.ids[index]]
+        img, size = load_image(os.fsdecode(self.paths[index]), self.in_chans), (info["height"], info["width"])
+        if img.shape[1:] != size:
+            raise InputError(f"{os.fsdecode(self.paths[index])!r} has {img.shape[2]}×{img.shape[1]} pixels, and in the "
+                             f"annotations {size[1]}×{size[0]}")
+        anns = [a for a in self.coco.imgToAnns[info["id"]] if self.crowds or not a.get("iscrowd")]
+        boxes = torch.tensor([a["bbox"] for a in anns], dtype=torch.float32).view(-1, 4)
+        target = {"boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
+                  "labels": torch.tensor([self.categories[a["category_id"]] for a in anns], dtype=torch.int64),
+                  "image_id": info["id"]}
+        if self.has_masks:
+            masks = [torch.from_numpy(self.coco.annToMask(a)) for a in anns]
+            target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+        return (img, target), None
+
+
+def check_coco(content):
+    """A COCO object made from what a JSON file holds, without broken boxes, and how many of those there were. Raises
+    what a missing key raises, or ValueError."""
+    images, categories = ({x["id"] for x in content[name]} for name in ("images", "categories"))
+    for info in content["images"]:
+        if not (info["height"] > 0 and info["width"] > 0 and info["file_name"]):
+            raise ValueError(f"image {info['id']} has no size or file_name")
+    sound = []
+    for ann in content["annotations"]:
+        if ann["image_id"] not in images or ann["category_id"] not in categories:
+            raise ValueError(f"annotation {ann['id']} is of image {ann['image_id']} and category {ann['category_id']}, "
+                             "which are not both there")
+        if len(ann["bbox"]) == 4 and all(map(math.isfinite, ann["bbox"])) and min(ann["bbox"][2:]) > 0:
+            sound.append({"iscrowd": 0, "area": ann["bbox"][2] * ann["bbox"][3], **ann})
+    if not sound:
+        raise ValueError("no annotation")
+    return make_coco({**content, "annotations": sound}), len(content["annotations"]) - len(sound)
+
+
+def make_coco(content):
+    """A COCO object of a dict in COCO's format; it prints nothing."""
+    coco = COCO()
+    coco.dataset = {"info": {}, **content}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+class SceneObjects(Scenes):
+    """The drawn scenes, as CocoFolder's items."""
+    has_masks, dropped = True, 0
+
+    def __init__(self, split):
+        super().__init__(split)
+        self.ids = list(range(1, 1 + len(self)))
+        self.categories = {i: i for i in range(1, 1 + len(self.classes))}
+        annotations = []
+        for index, image_id in enumerate(self.ids if split == "val" else []):       # for evaluation
+            (_, target), _ = self[index]
+            for mask, label in zip(target["masks"], target["labels"].tolist()):
+                code = encode_mask(mask)
+                annotations.append({"id": 1 + len(annotations), "image_id": image_id, "category_id": label,
+                                    "iscrowd": 0, "area": int(mask.sum()), "segmentation": code,
+                                    "bbox": coco_mask.toBbox(code).tolist()})
+        self.coco = make_coco({"images": [{"id": i, "height": 64, "width": 64} for i in self.ids],
+                               "categories": [{"id": i, "name": self.classes[i - 1]} for i in self.categories],
+                               "annotations": annotations})
+
+    def __getitem__(self, index):
+        img, shown, labels = super().__getitem__(index)
+        masks = torch.from_numpy(shown) == torch.arange(1, 1 + len(labels))[:, None, None]
+        return (img, {"masks": masks.byte(), "boxes": boxes_of(masks), "labels": torch.from_numpy(labels) + 1,
+                      "image_id": self.ids[index]}), None
+
+
+def encode_mask(mask):
+    """A mask (H, W) as COCO's run lengths."""
+    code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def boxes_of(masks):
+    """The boxes (n, 4) around masks (n, H, W), none of them empty. A box ends where its last pixel does, one after that
+    pixel's number."""
+    return masks_to_boxes(masks) + torch.tensor([0.0, 0, 1, 1]) if len(masks) else torch.zeros(0, 4)
+
+
+class Objects(Pairs):
+    """Pairs whose images are of one size, and whose targets stay a list."""
+
+    @staticmethod
+    def collate(items):
+        imgs, targets, skipped = zip(*items)
+        return default_collate(imgs), list(targets), {k: v for each in skipped for k, v in each.items()}
+
+
+class LargeScaleJitter:
+    """An image and its target, scaled at random by `jitter` against where it just fits into `size`², flipped, cropped
+    at random where it is larger, and filled up where it is smaller. Objects that end up outside are left out."""
+
+    def __init__(self, size, jitter):
+        self.size, self.jitter = size, jitter
+
+    def __call__(self, sample):
+        img, target = sample
+        scale = torch.empty(()).uniform_(*self.jitter).item()
+        img, target = fit(img, target, self.size, scale)
+        top, left = (torch.randint(max(0, side - self.size) + 1, ()).item() for side in target["size"])
+        target["size"] = tuple(min(side, self.size) for side in target["size"])
+        img = cut(img, top, left, (self.size, self.size), mean_colour(img))
+        flip = torch.rand(()) < 0.5
+        if flip:            # the content stays at the left, the filling at the right
+            img[:, :, :target["size"][1]] = img[:, :, :target["size"][1]].flip(2)
+        height, width = target["size"]
+        if "masks" in target:
+            masks = cut(target["masks"], top, left, (self.size, self.size), 0)
+            if flip:
+                masks[:, :, :width] = masks[:, :, :width].flip(2)
+            keep = masks.flatten(1).amax(dim=1) > 0 if len(masks) else torch.zeros(0, dtype=torch.bool)
+            target.update(masks=masks[keep], boxes=boxes_of(masks[keep]))
+        else:
+            boxes = target["boxes"] - torch.tensor([left, top, left, top])
+            boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+            if flip:
+                boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+            keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+            target["boxes"] = boxes[keep]
+        target["labels"] = target["labels"][keep]
+        return img, target
+
+
+class FitAndFill:
+    """An image scaled to fit into `size`² and filled up; of the target, what evaluation needs."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, sample):
+        img, target = sample
+        original = tuple(img.shape[1:])
+        img, _ = fit(img, {}, self.size, 1.0)
+        return (cut(img, 0, 0, (self.size, self.size), mean_colour(img)),
+                {"image_id": target["image_id"], "size": tuple(img.shape[1:]), "original_size": original})
+
+
+def fit(img, target, size, scale):
+    """An image and its target, `scale` times as large as where the longer side is `size`. The target's `size` becomes
+    the new (height, width)."""
+    scale = scale * size / max(img.shape[1:])
+    new = tuple(max(1, round(side * scale)) for side in img.shape[1:])
+    target = dict(target, size=new)
+    if "boxes" in target:
+        target["boxes"] = target["boxes"] * torch.tensor([new[1] / img.shape[2], new[0] / img.shape[1]]).repeat(2)
+    if "masks" in target:
+        target["masks"] = resize_mask(target["masks"], new)
+    return resize(img, new), target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+class DecomposedBias(nn.Module):
+    """The relative positions of MViTv2 (arXiv:2112.01526, Section 4.1): a query's product with a vector for the
+    vertical offset, plus that with one for the horizontal offset. Both tables start at zero."""
+
+    def __init__(self, head_dim, grid_size):
+        super().__init__()
+        self.grid_size = grid_size
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid_size[0] - 1, head_dim))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid_size[1] - 1, head_dim))
+
+    def forward(self, q):
+        rows, columns = (torch.arange(n, device=q.device) for n in self.grid_size)
+        h = self.rel_pos_h[rows[:, None] - rows + len(rows) - 1]                        # (H, H, d)
+        w = self.rel_pos_w[columns[:, None] - columns + len(columns) - 1]               # (W, W, d)
+        q = q.unflatten(2, self.grid_size)                                              # (N, heads, H, W, d)
+        vertical = torch.einsum("nahwd,hkd->nahwk", q, h.to(q.dtype))[..., :, None]
+        horizontal = torch.einsum("nahwd,wkd->nahwk", q, w.to(q.dtype))[..., None, :]
+        return (vertical + horizontal).flatten(4).flatten(2, 3)                         # (N, heads, H·W, H·W)
+
+
+class WindowBlock(Block):
+    """The encoder's block on a map (N, H, W, D), which attends within windows of `window` patches a side (0: globally).
+    Maps that are no multiple of it are filled up with zeros for the attention."""
+
+    def __init__(self, dim, num_heads, grid_size, window, drop_path=0.0, rel_pos=True):
+        super().__init__(dim, num_heads, drop_path=drop_path)
+        self.window = window
+        if rel_pos:
+            self.attn.bias = DecomposedBias(dim // num_heads, (window, window) if window else grid_size)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attend(self, x):
+        N, H, W, D = x.shape
+        side = self.window
+        if not side:
+            return self.attn(x.flatten(1, 2)).view(N, H, W, D)
+        x = F.pad(x, (0, 0, 0, -W % side, 0, -H % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = x.view(N, rows, side, columns, side, D).transpose(2, 3)
+        x = self.attn(x.reshape(-1, side * side, D))                    # (N · rows · columns, side², D)
+        x = x.view(N, rows, columns, side, side, D).transpose(2, 3).reshape(N, rows * side, columns * side, D)
+        return x[:, :H, :W]
+
+
+class ViTDet(ViT):
+    """The encoder for detection, with its simple feature pyramid: images (N, C, S, S) to maps of strides P/4, P/2, P,
+    2P and 4P, all `out_channels` deep (P: the patch size). There is no cls token."""
+
+    def __init__(self, out_channels=256, window=14, rel_pos=True, drop_path=0.0, freeze=False, **vit):
+        super().__init__(**vit)
+        depth, dim, num_heads = len(self.blocks), self.cls_token.shape[-1], self.blocks[0].attn.num_heads
+        last = {round((quarter + 1) * depth / 4) - 1 for quarter in range(4)}           # of each quarter: global
+        self.blocks = nn.ModuleList(
+            WindowBlock(dim, num_heads, self.grid_size, 0 if i in last else window, drop_path * i / max(1, depth - 1),
+                        rel_pos) for i in range(depth))
+        self.blocks.apply(init_linear)
+        self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].clone())
+        del self.cls_token, self.norm
+        self.frozen = freeze
+        if freeze:
+            self.requires_grad_(False)
+        self.out_channels = out_channels        # torchvision asks for it
+
+        def up(channels):
+            return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+
+        scales = [([up(dim), norm(dim // 2), nn.GELU(), up(dim // 2)], dim // 4), ([up(dim)], dim // 2), ([], dim),
+                  ([nn.MaxPool2d(2)], dim)]
+        self.pyramid = nn.ModuleList(nn.Sequential(
+            *layers, nn.Conv2d(width, out_channels, 1, bias=False), norm(out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), norm(out_channels))
+            for layers, width in scales)
+
+    def train(self, mode=True):
+        """As Module.train, but frozen blocks stay in evaluation mode: no drop path there."""
+        super().train(mode)
+        self.blocks.train(mode and not self.frozen)
+        return self
+
+    def last_map(self, imgs):
+        """Images (N, C, S, S) to the last block's map (N, D, rows, columns)."""
+        x = (self.patch_embed(imgs) + self.pos_embed).unflatten(1, self.grid_size)      # (N, rows, columns, D)
+        for block in self.blocks:
+            x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+    def forward(self, imgs):
+        x = self.last_map(imgs)
+        maps = [scale(x) for scale in self.pyramid]
+        maps.append(F.max_pool2d(maps[-1], 1, stride=2))
+        return {str(i): x.float() for i, x in enumerate(maps)}
+
+
+def norm(channels):
+    return LayerNorm2d(channels, eps=1e-6)
+
+
+class Detector(nn.Module):
+    """torchvision's Mask R-CNN (Faster R-CNN without masks) on ViTDet, for images that are scaled and filled up:
+    torchvision's own transform is not used. It would scale small images up again, and undo the jitter."""
+
+    def __init__(self, num_classes, masks=True, rois=512, **vitdet):
+        super().__init__()
+        backbone = ViTDet(**vitdet)
+        channels, levels = backbone.out_channels, ["0", "1", "2", "3"]
+        hidden = 4 * channels
+        anchors = AnchorGenerator(tuple((2 * backbone.patch_size * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        parts = dict(
+            rpn_anchor_generator=anchors, rpn_head=RPNHead(channels, 3, conv_depth=2),
+            rpn_pre_nms_top_n_train=min(2000, 4 * rois), rpn_pre_nms_top_n_test=min(1000, 2 * rois),
+            rpn_post_nms_top_n_train=min(1000, 2 * rois), rpn_post_nms_top_n_test=min(1000, 2 * rois),
+            box_roi_pool=MultiScaleRoIAlign(levels, 7, 0), box_batch_size_per_image=rois,
+            box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], norm_layer=norm),
+            box_predictor=FastRCNNPredictor(hidden, 1 + num_classes))
+        if masks:
+            parts.update(mask_roi_pool=MultiScaleRoIAlign(levels, 14, 0),
+                         mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
+                         mask_predictor=MaskRCNNPredictor(channels, channels, 1 + num_classes))
+        self.rcnn = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
+
+    def forward(self, imgs, targets, dtype=None):
+        """Normalised images (N, C, S, S), and a list of dicts with `size`: the (height, width) of each that is no
+        filling. In training, with `boxes`, `labels` and `masks`: a dict of losses. Else a list of dicts with `boxes`,
+        `labels`, `scores` and `masks` (n, 1, 28, 28). `dtype`: autocast's, for all but proposals and heads."""
+        sizes = [target["size"] for target in targets]
+        with torch.autocast(imgs.device.type, dtype, enabled=dtype is not None):
+            maps = self.rcnn.backbone(imgs)
+        targets = targets if self.training else None
+        proposals, losses = self.rcnn.rpn(ImageList(imgs, sizes), maps, targets)
+        found, head_losses = self.rcnn.roi_heads(maps, proposals, sizes, targets)
+        return {**losses, **head_losses} if self.training else found
+
+
+def param_groups(model, weight_decay, layer_decay):
+    """Groups with layer-wise decay, as in finetune.py: of the encoder, embeddings get layer_decay^(depth + 1) of the
+    rate and block i layer_decay^(depth - i). No weight decay on norms and positions (ViTDet, A.2); biases have it."""
+    depth, groups = len(model.rcnn.backbone.blocks), {}
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        within = name.removeprefix("rcnn.backbone.")
+        layer = 0 if within.startswith(("pos_embed", "patch_embed")) else depth + 1
+        layer = int(within.split(".")[1]) + 1 if within.startswith("blocks.") else layer
+        decay = 0.0 if name.rpartition(".")[0] in norms or within == "pos_embed" else weight_decay
+        group = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (depth + 1 - layer)}
+        groups.setdefault((layer, decay), group)["params"].append(param)
+    return list(groups.values())
+
+
+def learning_rate(step, args):
+    """Rate at a step: linear warm-up from 0 to lr, a tenth of it from 8/9 of the steps on, a hundredth from 26/27."""
+    warm = min(1.0, step / args.warmup_steps) if args.warmup_steps else 1.0
+    return args.lr * warm * 0.1 ** ((step >= round(args.num_steps * 8 / 9)) + (step >= round(args.num_steps * 26 / 27)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+def to_original(found, target):
+    """What was found in a scaled image, in the original's pixels and on the CPU: `masks` become (n, H, W) bools."""
+    found = {name: value.cpu() for name, value in found.items()}
+    (height, width), (H, W) = target["size"], target["original_size"]
+    found["boxes"] = found["boxes"] * torch.tensor([W / width, H / height]).repeat(2)
+    if "masks" in found:
+        found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], (H, W))[:, 0] > 0.5
+    return found
+
+
+def detect(run, model, imgs, targets, channels):
+    """What the model finds in images (N, C, S, S): a list of dicts, in the originals' pixels."""
+    found = model(normalize(imgs, *channels), targets, run.dtype)
+    return [to_original(*pair) for pair in zip(found, targets)]
+
+
+@torch.no_grad()
+def evaluate(run, model, crops, channels):
+    """COCO's AP, AP50 and AP75 of boxes and masks, in %, over all processes' images: a dict."""
+    source, results = crops.source, []
+    numbers = list(source.categories)           # label - 1 -> category
+    model.eval()
+    for imgs, targets in run.once(crops, batch_size=4, progress="evaluation"):
+        for target, found in zip(targets, detect(run, model, imgs, targets, channels)):
+            for i, (x1, y1, x2, y2) in enumerate(found["boxes"].tolist()):
+                result = {"image_id": target["image_id"], "category_id": numbers[found["labels"][i] - 1],
+                          "score": found["scores"][i].item(), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+                if "masks" in found:
+                    result["segmentation"] = encode_mask(found["masks"][i])
+                results.append(result)
+    return average_precision(source.coco, sum(gather(results), []), source.has_masks)
+
+
+def average_precision(coco, results, masks):
+    """COCO's figures, in %, for results in COCO's format: {"box_AP": …, "box_AP50": …, "box_AP75": …, "mask_AP": …}."""
+    figures = {}
+    for kind, name in (("bbox", "box"), ("segm", "mask"))[:1 + masks]:
+        values = [0.0, 0.0, 0.0]
+        if results:
+            with contextlib.redirect_stdout(io.StringIO()):
+                scored = [{k: v for k, v in x.items() if k != "bbox"} if kind == "segm" else x for x in results]
+                evaluation = COCOeval(coco, coco.loadRes(scored), kind)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+            values = [100 * max(0.0, value) for value in evaluation.stats[:3].tolist()]
+        figures.update({f"{name}_{measure}": value for measure, value in zip(("AP", "AP50", "AP75"), values)})
+    return figures
+
+
+@torch.no_grad()
+def picture(run, model, crops, channels, number=8):
+    """Rows of a picture: validation images, their truth, and what is found with a score above 0.5."""
+    rows = [], [], []
+    model.eval()
+    for index in torch.linspace(0, len(crops) - 1, min(number, len(crops))).long().tolist():
+        (img, truth), _ = crops.source[index]
+        scaled, target, _ = crops[0, index]
+        found = detect(run, model, scaled[None].to(run.device), [target], channels)[0]
+        found = {name: value[found["scores"] > 0.5] for name, value in found.items()}
+        img = (255 * img / max(1.0, img.max())).byte() if img.dtype != torch.uint8 else img
+        img = img[:1].repeat(3, 1, 1) if len(img) != 3 else img
+        for row, objects in zip(rows, ({}, truth, found)):
+            row.append(resize(cut(draw(img, objects), 0, 0, [max(img.shape[1:])] * 2, 0), [192, 192]) / 255)
+    return [torch.stack(row) for row in rows]
+
+
+def draw(img, objects):
+    """An RGB image (3, H, W) uint8 with `masks` and `boxes` on it; each label has its colour. Masks are drawn one at a
+    time: torchvision paints overlaps black."""
+    colours = ["red", "lime", "blue", "yellow", "cyan", "magenta", "orange", "white"]
+    of_object = [colours[label % len(colours)] for label in objects.get("labels", torch.empty(0)).tolist()]
+    for mask, colour in zip(objects.get("masks", []), of_object):
+        img = draw_segmentation_masks(img, mask.bool(), alpha=0.4, colors=colour)
+    return draw_bounding_boxes(img, objects["boxes"], colors=of_object) if of_object else img
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def load_data(args):
+    """The training and the validation set. Raises InputError where they don't fit each other."""
+    if args.data == "scenes":
+        return SceneObjects("train"), SceneObjects("val")
+    train, val = (CocoFolder(args.data, split, split == "val", args.in_chans) for split in ("train", "val"))
+    if (train.classes, list(train.categories)) != (val.classes, list(val.categories)):
+        raise InputError(f"'{args.data}': the categories of train ({len(train.classes)}) and val ({len(val.classes)}) "
+                         "differ")
+    return train, val
+
+
+def main(args):
+    """Trains on one data set with one encoder. Returns the result, which is also printed last and saved."""
+    weights, vit, encoder = open_encoder(args)
+    fill_recipe(args, vit["embed_dim"])
+    run = Run(args, __file__)
+    device, dtype, size = run.device, run.dtype, args.img_size[0]
+    train_set, val_set = load_data(args)
+    dropped = train_set.dropped + val_set.dropped
+    if dropped:
+        run.say(f"{dropped} annotations were left out: their boxes have no area, or are no boxes")
+    crops = Objects(train_set, LargeScaleJitter(size, args.jitter), args.seed, args.skip_bad)
+    val_crops = Objects(val_set, FitAndFill(size))
+    channels = run.channels(crops)
+
+    torch.manual_seed(args.seed)                    # every process starts from the same weights
+    model = Detector(len(train_set.classes), train_set.has_masks and val_set.has_masks, args.rois,
+                     out_channels=args.fpn_channels, window=args.window, drop_path=args.drop_path, freeze=args.freeze,
+                     **vit)
+    if weights is not None:
+        weights["pos_embed"] = weights["pos_embed"][:, 1:]                      # without the cls token's
+        model.rcnn.backbone.load_state_dict(weights, strict=False)              # new: relative positions, the pyramid
+    model.to(device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run.resume(crops, model, optimizer, scaler, num_steps=args.num_steps, encoder=encoder, classes=train_set.classes)
+    if args.compile:
+        model.rcnn.backbone.compile()               # the rest has shapes that change
+    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
+
+    result = None
+    for epoch in run.epochs():
+        model.train()
+        for step in run.steps():
+            lr = learning_rate(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+            for part, (imgs, targets) in enumerate(run.parts()):            # also seeds the sampling of regions
+                targets = [{name: x.to(device) if torch.is_tensor(x) else x for name, x in target.items()}
+                           for target in targets]
+                net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
+                losses = net(normalize(imgs, *channels), targets, dtype)
+                loss = sum(losses.values())
+                scaler.scale(loss / args.accum_iter).backward()
+                run.add(loss, **losses)
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in params])
+            if args.clip_grad:
+                nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
+
+        due = epoch == run.num_epochs - 1 or (epoch + 1) % args.eval_epochs == 0
+        result = evaluate(run, model, val_crops, channels) if due else None
+        run.end_epoch(**(result or {}))
+    result = result or evaluate(run, model, val_crops, channels)            # of a run that was finished before
+    run.finish()
+    if run.rank == 0:
+        save_picture(picture(run, model, val_crops, channels), run.output / "predictions.png")
+    result = {**{name: round(value, 2) for name, value in result.items()}, "images": len(val_set),
+              "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data}
+    report(run, result, args)
+    return result
+
+
+if __name__ == "__main__":
+    launch(main, get_args)

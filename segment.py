@@ -1,0 +1,580 @@
+"""What pre-trained features are worth for semantic segmentation: UperNet on the plain ViT, or a linear layer.
+
+    python segment.py --ckpt runs/mae/encoder.pt --data ADEChallengeData2016            # UperNet; everything trains
+    python segment.py --ckpt runs/mae/encoder.pt --data my_images --head linear --freeze
+    torchrun --nproc_per_node 8 segment.py --ckpt runs/mae/encoder.pt --data ADEChallengeData2016
+    python segment.py --demo --ckpt runs/mae/last.pt                                    # a laptop CPU, on drawn scenes
+
+`--ckpt` takes what finetune.py takes. `--data` is `scenes`, a folder with images/SPLIT/x.jpg, masks/SPLIT/x.png (one
+byte a pixel: its class, or --ignore) and classes.json ({"classes": [names]}), or ADE20K as it is distributed. The
+result is the last line printed and OUTPUT/result.json: mIoU, mAcc, aAcc and each class's IoU after the last step, in %.
+OUTPUT/predictions.png shows validation images, their truth, and what the model says.
+
+UperNet (Xiao et al., arXiv:1807.10221) wants a pyramid. Four blocks' maps become one of strides 4, 8, 16 and 32 by
+transposed convolutions and pooling; pooling at four sizes adds context to the coarsest; a feature pyramid and a fusion
+follow. MAE's recipe (A.4: 160k steps, batch 16, layer decay) as the public code has it that reports 48.1 mIoU: see
+RECIPES and the flags' defaults. For the transfer each block gets a table of relative-position biases that starts at
+zero (A.4) and a layer scale that starts at 1. `--recipe sdae` is SdAE's (A.1), whose learning rate is 4e-4.
+
+Chosen where the papers are silent or differ:
+- Images are resized so that the shorter side is --resize and the longer at most four times that (2048 × 512), times
+  0.5 to 2 in training. Brightness is multiplied, not shifted; contrast changes before saturation and hue.
+- The loss is averaged over all pixels; those to be ignored count as 0, so that a crop without labels is no NaN.
+- With --freeze the encoder is as pre-trained: its biases and scales stay at their start, its drop path is off.
+- Random weights (`--ckpt none`) train without layer-wise decay, as in finetune.py.
+- Windows have the size of the training crops, so positions are resampled once, when weights are loaded.
+
+Measured: on `scenes`, three seeds, results/dense/. ADE20K and GPUs: not run.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from common import (ENCODER_PARTS, VIT_SIZES, Block, Crops, InputError, Scenes, ViT, check_vit, init_linear, load_image,
+                    normalize, pair, seed_from)
+from finetune import load_encoder, param_groups, resample_pos_embed
+from runs import Run, gather, launch, number, parse_args, save_picture
+
+RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
+DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], taps=[0, 1, 2, 3], head_channels=32,
+            num_steps=434, warmup_steps=40, batch_size=16, lr=2e-3, layer_decay=0.75, drop_path=0.0, num_workers=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def get_args(argv=None):
+    """Parses the command line. Raises InputError."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    encoder_args(parser, img_size=512, drop_path=0.1)
+    parser.add_argument("--recipe", choices=RECIPES, default="mae", help="sets --lr and --layer_decay")
+
+    head = parser.add_argument_group("head")
+    head.add_argument("--head", choices=["upernet", "linear"], default="upernet",
+                      help="linear: BatchNorm and a 1×1 convolution on the last map")
+    head.add_argument("--head_channels", type=number(int, "[1, 65536]"), default=768)
+    head.add_argument("--taps", type=number(int, "[0, 1000]"), nargs=4,
+                      help="the blocks whose maps UperNet gets, from 0 (default: 1/3, 1/2, 2/3 and all of the depth)")
+
+    data = parser.add_argument_group("images and masks")
+    data.add_argument("--resize", type=number(int, "[1, 16384]"),
+                      help="pixels of an image's shorter side, before the random scale (default: --img_size's)")
+    data.add_argument("--stride", type=number(int, "[1, 16384]"), nargs="+",
+                      help="pixels between windows in evaluation (default: 2/3 of --img_size)")
+    data.add_argument("--ignore", type=number(int, "[0, 255]"), default=255, help="mask value of unlabelled pixels")
+    data.add_argument("--val_split", default="val", help="the folder to evaluate on")
+
+    training_args(parser, num_steps=160000, warmup_steps=1500, batch_size=16, weight_decay=0.05, eval_epochs=13)
+    args = parse_args(parser, argv, demo=DEMO)
+    finish_args(args, "segment", RECIPES[args.recipe])
+    args.resize = args.resize or min(args.img_size)
+    args.stride = pair(args.stride or [max(1, 2 * side // 3) for side in args.img_size])
+    return args
+
+
+def encoder_args(parser, img_size, drop_path):
+    """Adds the arguments that say which encoder, and how it is used. detect.py has them too."""
+    parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
+    model = parser.add_argument_group("encoder")
+    model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none (default: vit_base)")
+    model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="with --ckpt none: pixels")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[img_size],
+                       help="pixels of a training image: one or two")
+    model.add_argument("--drop_path", type=number(float, "[0, 1)"), default=drop_path)
+    model.add_argument("--freeze", action="store_true", help="the encoder stays as it is; only what is new trains")
+
+
+def training_args(parser, num_steps, warmup_steps, batch_size, weight_decay, eval_epochs):
+    """Adds the arguments of the optimisation, with these defaults. detect.py has them too."""
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--num_steps", type=number(int, "[1, inf)"), default=num_steps)
+    optim.add_argument("--warmup_steps", type=number(int, "[0, inf)"), default=warmup_steps)
+    optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=batch_size, help="images, all processes")
+    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts a process's share comes in")
+    optim.add_argument("--lr", type=number(float, "(0, inf)"), help="of the head, whatever the batch size")
+    optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=weight_decay)
+    optim.add_argument("--layer_decay", type=number(float, "(0, 1]"),
+                       help="rate of a block over that of the next (default: the recipe's; random weights 1)")
+    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
+    optim.add_argument("--eval_epochs", type=number(int, "[1, inf)"), default=eval_epochs,
+                       help="evaluates after so many epochs, and at the end")
+
+
+def finish_args(args, name, recipe):
+    """Sets what the command line left open. Raises InputError where arguments don't go together."""
+    if args.ckpt == "none":
+        args.layer_decay = args.layer_decay if args.layer_decay and not args.demo else 1.0
+    elif (args.model or args.patch_size) and not args.demo:
+        raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.warmup_steps >= args.num_steps:
+        raise InputError(f"--warmup_steps {args.warmup_steps} must be less than --num_steps {args.num_steps}")
+    args.img_size = pair(args.img_size)
+    if args.output_dir is None:
+        args.output_dir = str((Path("runs/none") if args.ckpt == "none" else Path(args.ckpt).parent) / name)
+
+
+def open_encoder(args):
+    """The encoder that --ckpt names, for images of --img_size: its weights (None for `none`), ViT's keywords for it,
+    and a hash of the weights. Its channels become the arguments'. Raises InputError."""
+    if args.ckpt == "none":
+        vit = dict(VIT_SIZES[args.model or "vit_base"], img_size=args.img_size, in_chans=args.in_chans)
+        vit.update(patch_size=args.patch_size or vit["patch_size"])
+        weights = None
+    else:
+        weights, vit, (mean, std), _ = load_encoder(args.ckpt)
+        args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
+    check_vit(args.img_size, vit["patch_size"], vit["embed_dim"], vit["num_heads"])
+    if weights is None:
+        return None, vit, None
+    digest = hashlib.sha256(b"".join(value.float().numpy().tobytes() for value in weights.values())).hexdigest()[:16]
+    old_grid, new_grid = ([n // vit["patch_size"] for n in pair(size)] for size in (vit["img_size"], args.img_size))
+    weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, new_grid)
+    return weights, dict(vit, img_size=args.img_size), digest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images with masks
+# ---------------------------------------------------------------------------------------------------------------------
+class MaskFolder(Dataset):
+    """Items: (image (C, H, W), mask (H, W) uint8), and None. Raises InputError where folders or files don't fit."""
+
+    def __init__(self, root, split, ignore, in_chans=3):
+        self.ade = os.path.isdir(os.path.join(root, "annotations", "training"))     # ADE20K: 0 is unlabelled, 1 to 150
+        split = {"train": "training", "val": "validation"}.get(split, split) if self.ade else split
+        images = os.path.join(root, "images", split)
+        masks = os.path.join(root, "annotations" if self.ade else "masks", split)
+        for folder in (images, masks):
+            if not os.path.isdir(folder):
+                raise InputError(f"no folder '{folder}': --data needs images/SPLIT, masks/SPLIT and classes.json")
+        names = sorted(name for name in os.listdir(images) if name[0] != ".")
+        there = set(os.listdir(masks))
+        pairs = [(name, os.path.splitext(name)[0] + ".png") for name in names]
+        missing = [mask for _, mask in pairs if mask not in there]
+        if missing or not names:
+            raise InputError(f"'{masks}' lacks {missing[0]} ({len(missing)} of {len(names)} images have no mask)"
+                             if missing else f"no image in '{images}'")
+        self.classes = [str(i) for i in range(1, 151)] if self.ade else read_classes(os.path.join(root, "classes.json"))
+        self.root, self.ignore, self.in_chans = os.fsencode(root), ignore, in_chans
+        self.paths = np.array([os.fsencode(os.path.join(images, name)) for name, _ in pairs])
+        self.masks = np.array([os.fsencode(os.path.join(masks, name)) for _, name in pairs])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        img, path = load_image(os.fsdecode(self.paths[index]), self.in_chans), os.fsdecode(self.masks[index])
+        try:
+            mask = torch.from_numpy(np.array(Image.open(path)))
+        except Exception as error:      # what Pillow raises depends on what is wrong
+            raise InputError(f"{path!r} cannot be used as a mask: {error!r}") from error
+        if mask.dtype != torch.uint8 or mask.shape != img.shape[1:]:
+            raise InputError(f"{path!r} is {'×'.join(map(str, mask.shape))} of {mask.dtype}; it must be one byte for "
+                             f"each pixel of the image, {img.shape[1]}×{img.shape[2]}")
+        mask = mask - 1 if self.ade else mask       # 0 becomes 255
+        unknown = set(mask.unique().tolist()) - set(range(len(self.classes))) - {self.ignore}
+        if unknown:
+            raise InputError(f"{path!r} has the value {min(unknown)}, which is neither one of the {len(self.classes)} "
+                             f"classes nor --ignore {self.ignore}")
+        return (img, mask), None
+
+
+def read_classes(path):
+    """The names in {"classes": [names]}. Raises InputError."""
+    try:
+        classes = json.loads(Path(path).read_text())["classes"]
+        if isinstance(classes, list) and 0 < len(classes) < 256:
+            return [str(name) for name in classes]
+        reason = "no list of 1 to 255 names"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = repr(error)
+    raise InputError(f"'{path}' must hold {{\"classes\": [names]}}: {reason}")
+
+
+class SceneMasks(Scenes):
+    """The drawn scenes, as MaskFolder's items. Class 0 is the background."""
+    classes = ["background", *Scenes.classes]
+
+    def __getitem__(self, index):
+        img, shown, labels = super().__getitem__(index)
+        return (img, torch.from_numpy(np.append(0, labels + 1).astype(np.uint8)[shown])), None
+
+
+class Pairs(Crops):
+    """Crops of a source whose items are (image, target) and None; the transform takes both and gives both."""
+
+    def __getitem__(self, item):
+        (img, target), _, skipped = super().__getitem__(item)
+        return img, target, skipped
+
+
+def resize(img, size):
+    """An image (C, H, W) at a size (height, width), bilinear and antialiased, of the same type."""
+    if tuple(size) == img.shape[1:]:
+        return img
+    return F.interpolate(img[None], tuple(size), mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def resize_mask(masks, size):
+    """Masks (n, H, W) uint8 at a size (height, width), by nearest pixels."""
+    return F.interpolate(masks[:, None], tuple(size), mode="nearest-exact")[:, 0]
+
+
+def cut(x, top, left, size, fill):
+    """The window (…, height, width) of `x` from (top, left) on; where `x` ends before it, `fill` follows: a number, or
+    a tensor that broadcasts."""
+    x = x[..., top:top + size[0], left:left + size[1]]
+    window = torch.zeros(*x.shape[:-2], *size, dtype=x.dtype) + torch.as_tensor(fill, dtype=x.dtype)
+    window[..., :x.shape[-2], :x.shape[-1]] = x
+    return window
+
+
+def mean_colour(img):
+    """What an image (C, H, W) is padded with: (C, 1, 1) of the image's type."""
+    return img.float().mean(dim=(1, 2), keepdim=True).to(img.dtype)
+
+
+def shorter_side(img, pixels):
+    """By what an image is to be scaled so that its shorter side has so many pixels, and the longer at most 4 times."""
+    return min(pixels / min(img.shape[1:]), 4 * pixels / max(img.shape[1:]))
+
+
+PHOTOMETRIC = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})], p=0.5) for name, amount in
+                          (("brightness", 0.125), ("contrast", 0.5), ("saturation", 0.5), ("hue", 0.05))])
+
+
+class TrainTransform:
+    """Random scale, crop (of ten, the first where no class has over 0.75 of the pixels), flip and photometric
+    distortion; the image and its mask at `size`."""
+
+    def __init__(self, size, pixels, ignore):
+        self.size, self.pixels, self.ignore = size, pixels, ignore
+
+    def __call__(self, sample):
+        img, mask = sample
+        scale = shorter_side(img, self.pixels) * torch.empty(()).uniform_(0.5, 2).item()
+        size = [max(1, round(side * scale)) for side in img.shape[1:]]
+        img, mask = resize(img, size), resize_mask(mask[None], size)[0]
+        for _ in range(10):
+            top, left = (torch.randint(max(0, side - n) + 1, ()).item() for side, n in zip(size, self.size))
+            labels = mask[top:top + self.size[0], left:left + self.size[1]]
+            counts = torch.bincount(labels[labels != self.ignore])
+            if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
+                break
+        img = cut(img, top, left, self.size, mean_colour(img))
+        mask = cut(mask, top, left, self.size, self.ignore)
+        if torch.rand(()) < 0.5:
+            img, mask = img.flip(2), mask.flip(1)
+        return (PHOTOMETRIC(img) if len(img) == 3 and img.dtype == torch.uint8 else img), mask
+
+
+class EvalTransform:
+    """The image with its shorter side at `pixels`; the mask as it is."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __call__(self, sample):
+        img, mask = sample
+        scale = shorter_side(img, self.pixels)
+        return resize(img, [max(1, round(side * scale)) for side in img.shape[1:]]), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+class RelativePositionBias(nn.Module):
+    """A number for each head and each offset between two patches, and three for pairs with the cls token; all start
+    at zero (BEiT, arXiv:2106.08254; MAE, A.4)."""
+
+    def __init__(self, num_heads, grid_size):
+        super().__init__()
+        rows, columns = grid_size
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        self.table = nn.Parameter(torch.zeros(offsets + 3, num_heads))
+        y, x = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+        index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64)
+        index[1:, 1:] = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
+        index[0, :] = offsets           # the cls token sees a patch,
+        index[:, 0] = offsets + 1       # a patch sees it,
+        index[0, 0] = offsets + 2       # it sees itself
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, q):
+        return self.table[self.index].permute(2, 0, 1)                          # (heads, 1 + L, 1 + L)
+
+
+class TransferBlock(Block):
+    """The encoder's block with what MAE adds for the transfer; at the start it computes the same."""
+
+    def __init__(self, dim, num_heads, grid_size, drop_path):
+        super().__init__(dim, num_heads, drop_path=drop_path)
+        self.attn.bias = RelativePositionBias(num_heads, grid_size)
+        self.gamma_1, self.gamma_2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))         # (N, 1 + L, D)
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+def conv(in_channels, channels, size):
+    return nn.Sequential(nn.Conv2d(in_channels, channels, size, padding=size // 2, bias=False),
+                         nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+
+def upsample(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+class UperNet(nn.Module):
+    """Four maps (N, D, h, w) of strides 4, 8, 16 and 32 to logits (N, classes, h, w) at stride 4, and the auxiliary
+    head's at stride 16 (arXiv:1807.10221, Section 3)."""
+
+    def __init__(self, dim, channels, num_classes, pool_scales=(1, 2, 3, 6), aux_channels=256):
+        super().__init__()
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(dim, channels, 1)) for n in pool_scales)
+        self.bottleneck = conv(dim + len(pool_scales) * channels, channels, 3)
+        self.laterals = nn.ModuleList(conv(dim, channels, 1) for _ in range(3))
+        self.fpn = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))
+        self.fusion = conv(4 * channels, channels, 3)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+        self.auxiliary = nn.Sequential(conv(dim, aux_channels, 3), nn.Dropout2d(0.1),
+                                       nn.Conv2d(aux_channels, num_classes, 1))
+
+    def forward(self, maps):
+        *finer, coarsest = maps
+        context = [upsample(pool(coarsest), coarsest.shape[2:]) for pool in self.pools]
+        x = self.bottleneck(torch.cat([coarsest, *context], dim=1))
+        pyramid = [x]
+        for level in (2, 1, 0):
+            x = self.laterals[level](finer[level]) + upsample(x, finer[level].shape[2:])        # top-down
+            pyramid.insert(0, self.fpn[level](x))
+        x = self.fusion(torch.cat([upsample(x, pyramid[0].shape[2:]) for x in pyramid], dim=1))
+        return self.classify(x), self.auxiliary(maps[2])
+
+
+class Segmenter(ViT):
+    """The encoder with a head. Images (N, C, H, W) of the size it was made for, to a list of logits (N, classes, h, w)
+    at lower resolutions: the head's, and in UperNet the auxiliary head's."""
+
+    def __init__(self, num_classes, head="upernet", head_channels=768, taps=None, drop_path=0.0, freeze=False, **vit):
+        super().__init__(**vit)
+        depth, dim, num_heads = len(self.blocks), self.cls_token.shape[-1], self.blocks[0].attn.num_heads
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(TransferBlock(dim, num_heads, self.grid_size, rate) for rate in rates)
+        self.blocks.apply(init_linear)
+        self.norm = nn.Identity()       # maps are taken before it
+        self.taps = [depth - 1] if head == "linear" else taps or [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1,
+                                                                  depth - 1]
+        if sorted(set(self.taps)) != list(self.taps) or self.taps[-1] >= depth:
+            raise InputError(f"taps {self.taps} must be different blocks, in ascending order, of the {depth} from 0")
+        if head == "linear":
+            self.head = nn.Sequential(nn.BatchNorm2d(dim, affine=False, eps=1e-6), nn.Conv2d(dim, num_classes, 1))
+        else:
+            self.rescale = nn.ModuleList([
+                nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU(),
+                              nn.ConvTranspose2d(dim, dim, 2, 2)),
+                nn.ConvTranspose2d(dim, dim, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
+            self.head = UperNet(dim, head_channels, num_classes)
+        self.pos_embed.requires_grad_(True)
+        self.frozen = freeze
+        if freeze:
+            for name, param in self.named_parameters():
+                if name.startswith(ENCODER_PARTS):
+                    param.requires_grad_(False)
+
+    def train(self, mode=True):
+        """As Module.train, but frozen blocks stay in evaluation mode: no drop path there."""
+        super().train(mode)
+        self.blocks.train(mode and not self.frozen)
+        return self
+
+    def forward(self, imgs):
+        maps = self.forward_maps(imgs, self.taps)
+        if len(maps) == 1:
+            return [self.head(maps[0])]
+        return list(self.head([rescale(x) for rescale, x in zip(self.rescale, maps)]))
+
+
+def segmentation_loss(outputs, masks, ignore):
+    """Cross-entropy of each output's upsampled logits with the masks (N, H, W), the second's weighted 0.4."""
+    losses = [F.cross_entropy(upsample(logits.float(), masks.shape[1:]), masks.long(), ignore_index=ignore,
+                              reduction="sum") / masks.numel() for logits in outputs]
+    return losses[0] + 0.4 * sum(losses[1:])
+
+
+def learning_rate(step, args):
+    """Rate at a step: linear warm-up from 0 to lr, then linearly to 0 at the last."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    return args.lr * (args.num_steps - step) / (args.num_steps - args.warmup_steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+def slide(model, imgs, size, stride):
+    """Logits (N, classes, H, W) of images (N, C, H, W) of any size, from windows of `size` that are `stride` apart. The
+    last ones end at the edge; where windows overlap, their logits are averaged. Smaller images are filled up."""
+    N, C, H, W = imgs.shape
+    imgs = F.pad(imgs, (0, max(0, size[1] - W), 0, max(0, size[0] - H)))
+    tops, lefts = (sorted({min(i, n - side) for i in range(0, n - side + step, step)})
+                   for n, side, step in zip(imgs.shape[2:], size, stride))
+    total = count = 0
+    for top in tops:
+        for left in lefts:
+            logits = model(imgs[:, :, top:top + size[0], left:left + size[1]])[0]
+            around = (left, imgs.shape[3] - left - size[1], top, imgs.shape[2] - top - size[0])
+            total = total + F.pad(upsample(logits.float(), size), around)
+            count = count + F.pad(imgs.new_ones(size), around)
+    return (total / count)[:, :, :H, :W]
+
+
+def confusion(pred, target, num_classes, ignore):
+    """How many pixels of each class (rows) are predicted as which (columns): (classes, classes) int64."""
+    keep = target != ignore
+    cells = target[keep].long() * num_classes + pred[keep]
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def scores(matrix):
+    """mIoU, mAcc, aAcc and each class's IoU, in %, from a confusion matrix. A class without pixels is in no mean."""
+    hits, pixels, predicted = matrix.diag().double(), matrix.sum(dim=1), matrix.sum(dim=0)
+    iou = 100 * hits / (pixels + predicted - hits)
+    return iou.nanmean().item(), (100 * hits / pixels).nanmean().item(), (100 * hits.sum() / pixels.sum()).item(), iou
+
+
+@torch.no_grad()
+def evaluate(run, model, crops, channels, args):
+    """`scores` over all processes, and the number of images."""
+    num_classes = len(crops.source.classes)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
+    model.eval()
+    for imgs, masks in run.once(crops, batch_size=1, progress="evaluation"):
+        matrix += confusion(predict(run, model, imgs, masks.shape[1:], channels, args), masks, num_classes, args.ignore)
+    return scores(sum(gather(matrix.cpu())))
+
+
+def predict(run, model, imgs, size, channels, args):
+    """The class of each pixel of images (N, C, H, W), at a size (height, width) of its own."""
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+        logits = slide(model, normalize(imgs, *channels), args.img_size, args.stride)
+    return upsample(logits, size).argmax(dim=1)
+
+
+@torch.no_grad()
+def picture(run, model, crops, channels, args, number=8):
+    """Rows of a picture: validation images, their truth, and what the model says; each class has its colour."""
+    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(seed_from(7)))
+    colours[args.ignore] = 0
+    rows = [], [], []
+    model.eval()
+    for index in torch.linspace(0, len(crops) - 1, min(number, len(crops))).long().tolist():
+        img, mask, _ = crops[0, index]
+        pred = predict(run, model, img[None].to(run.device), mask.shape, channels, args)[0]
+        for row, x in zip(rows, (img, colours[mask.long()].permute(2, 0, 1), colours[pred.cpu()].permute(2, 0, 1))):
+            x = x.float() / 255 if x.dtype == torch.uint8 else x
+            row.append(resize(cut(x, 0, 0, [max(x.shape[1:])] * 2, 0), [192, 192]).clamp(0, 1))
+    return [torch.stack(row) for row in rows]
+
+
+def report(run, result, args):
+    """Prints a result, and saves it with all arguments as OUTPUT/result.json."""
+    if run.rank == 0:
+        used = {name: value for name, value in vars(args).items() if value is not None and name[0] != "_"}
+        (run.output / "result.json").write_text(json.dumps({**result, "args": used}, indent=1) + "\n")
+    run.say(json.dumps(result))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def main(args):
+    """Trains on one data set with one encoder. Returns the result, which is also printed last and saved."""
+    weights, vit, encoder = open_encoder(args)
+    run = Run(args, __file__)
+    device, dtype = run.device, run.dtype
+    train_set, val_set = (
+        SceneMasks(split) if args.data == "scenes" else MaskFolder(args.data, split, args.ignore, args.in_chans)
+        for split in ("train", args.val_split))
+    crops = Pairs(train_set, TrainTransform(args.img_size, args.resize, args.ignore), args.seed, args.skip_bad)
+    val_crops = Pairs(val_set, EvalTransform(args.resize))
+    channels = run.channels(crops)
+    if args.batch_size < 2 * run.world_size * args.accum_iter:
+        raise InputError("--batch_size must leave at least 2 images for a process to normalise over")
+
+    torch.manual_seed(args.seed)                    # every process starts from the same weights
+    model = Segmenter(len(train_set.classes), args.head, args.head_channels, args.taps, args.drop_path, args.freeze,
+                      **vit)
+    if weights is not None:
+        model.load_state_dict(weights, strict=False)    # new: the head, biases and scales
+    if device.type == "cuda" and run.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run.resume(crops, model, optimizer, scaler, num_steps=args.num_steps, encoder=encoder, classes=train_set.classes)
+    if args.compile:
+        model.compile()
+    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
+
+    result = None
+    for epoch in run.epochs():
+        model.train()
+        for step in run.steps():
+            lr = learning_rate(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+            for part, (imgs, masks) in enumerate(run.parts()):              # also seeds dropout and drop path
+                net.require_backward_grad_sync = part == args.accum_iter - 1    # all-reduce once, after the last part
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    outputs = net(normalize(imgs, *channels))
+                loss = segmentation_loss(outputs, masks, args.ignore)
+                scaler.scale(loss / args.accum_iter).backward()
+                run.add(loss)
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in params])
+            if args.clip_grad:
+                nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            run.end_step(grad_norm)                 # when due: checkpoint, checks, and the exit after a signal
+
+        due = epoch == run.num_epochs - 1 or (epoch + 1) % args.eval_epochs == 0
+        result = evaluate(run, model, val_crops, channels, args) if due else None
+        run.end_epoch(**(dict(zip(("mIoU", "mAcc", "aAcc"), result)) if result else {}))
+    result = result or evaluate(run, model, val_crops, channels, args)      # of a run that was finished before
+    run.finish()
+    if run.rank == 0:
+        save_picture(picture(run, model, val_crops, channels, args), run.output / "predictions.png")
+    *means, iou = result
+    iou = [None if math.isnan(value) else round(value, 2) for value in iou.tolist()]    # NaN: no pixel of that class
+    result = {**dict(zip(("mIoU", "mAcc", "aAcc"), (round(x, 2) for x in means))), "images": len(val_set),
+              "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data,
+              "classes": dict(zip(val_set.classes, iou))}
+    report(run, result, args)
+    return result
+
+
+if __name__ == "__main__":
+    launch(main, get_args)

@@ -28,7 +28,8 @@ def write(root, size, number):
         for index in range(1, 1 + (number if split == "train" else 1)):
             img, mask = random.randint(0, 256, (size, size, 3), np.uint8), np.zeros((size, size), np.uint8)
             for _ in range(20):
-                (x, y), (w, h), label = random.randint(0, size - 200, 2), random.randint(20, 200, 2), random.randint(1, 81)
+                (x, y), (w, h) = random.randint(0, size - 200, 2), random.randint(20, 200, 2)
+                label = random.randint(1, 81)
                 img[y:y + h, x:x + w], mask[y:y + h, x:x + w] = random.randint(0, 256, 3), label
                 content["annotations"].append({
                     "id": 1 + len(content["annotations"]), "image_id": index, "category_id": int(label),
@@ -48,7 +49,8 @@ def main(name):
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), size, number)
         start = time.time()
-        module.main(module.get_args(f"--ckpt none --data {folder} --output_dir {folder}/out --num_steps 1 --num_workers 0 "
+        module.main(module.get_args(f"--ckpt none --data {folder} --output_dir {folder}/out --num_steps 1 "
+                                    "--num_workers 0 "
                                     f"--batch_size {number} --warmup_steps 0 --device cpu".split()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{name}: {number} image(s) of {size}, ViT-B: peak memory {peak:.1f} GB, {time.time() - start:.0f} s in all")

@@ -280,6 +280,8 @@ class Run:
         processes and steps."""
         names = ["loss", *stats, "grad_norm"]
         if names != self._names:            # the first of an epoch, or the script was edited in the middle of one
+            if self._names is not None:
+                self.say(f"epoch {self.epoch}: other statistics than before: its means are of the steps from here on")
             self._names, self._totals, self._count = names, 0.0, 0
         self._row = self._row + torch.stack([loss, *stats.values()]).detach() / self.args.accum_iter
         self._added += 1
@@ -402,18 +404,21 @@ class Run:
             check_alike(path, "model", model, self._model.state_dict())
             if state or not self._scaler.is_enabled():                  # float16: empty if every step has overflowed
                 check_alike(path, "optimizer", state, self._optimizer.state_dict()["state"])
+            state = {i: {name: x.detach().clone(memory_format=torch.contiguous_format) if torch.is_tensor(x) else x
+                         for name, x in values.items()} for i, values in state.items()}     # fused kernels need that
             if scaler and self._scaler.is_enabled():                    # else --amp has changed
                 check_alike(path, "scaler", scaler, self._scaler.state_dict())
             lr, seconds, count = (float(checkpoint[name]) for name in ("lr", "seconds", "count"))
             names = [str(name) for name in checkpoint["names"]]
-            totals = torch.tensor(checkpoint["totals"]).view(-1, len(names))                # (processes, statistics)
+            totals = torch.tensor(checkpoint["totals"], dtype=torch.float32).view(-1, len(names))   # (processes, …)
+            totals = totals[self.rank] if len(totals) == self.world_size else totals.mean(dim=0)
             skipped = {str(reason): int(epoch) for reason, epoch in checkpoint["skipped"].items()}
-            if not (0 <= lr < math.inf and 0 < seconds < math.inf and 0 < count <= self.steps_per_epoch):
-                raise InputError(f"'{path}': lr {lr}, seconds {seconds} or count {count} is out of range")
+            done = (checkpoint["step"] - 1) % self.steps_per_epoch + 1                      # steps of this epoch
+            if not (0 <= lr < math.inf and 0 < seconds < math.inf and 0 < count <= done and totals.isfinite().all()):
+                raise InputError(f"'{path}': lr {lr}, seconds {seconds}, count {count} or totals are out of range")
 
         self.step = checkpoint["step"]
         self._lr, self._seconds, self._count, self._names = lr, seconds, int(count), names
-        totals = totals[self.rank] if len(totals) == self.world_size else totals.mean(dim=0)
         self._totals = totals.to(self.device)
         self._crops.merge(skipped)
         self._model.load_state_dict(model)
@@ -426,12 +431,13 @@ class Run:
         advice = "give another --output_dir for a new run, or --no_resume to start over"
         with reading(path):
             method, step, (python, source) = checkpoint["method"], checkpoint["step"], checkpoint["code"].split(" ")
-            there, here = dict(checkpoint["args"]), self._recipe
-        if method != self.method:
-            raise InputError(f"{path} is a checkpoint of {method}.py, not of {self.method}.py: {advice}")
-        there = {**{name: value for name, value in self.args._defaults.items() if name in here}, **there}
-        changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
-                   for name in {**here, **there} if there.get(name) != here.get(name)}
+            if method != self.method:
+                raise InputError(f"{path} is a checkpoint of {method!s:.80}.py, not of {self.method}.py: {advice}")
+            here = self._recipe
+            defaults = {name: value for name, value in self.args._defaults.items() if name in here}
+            there = {**defaults, **checkpoint["args"]}
+            changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
+                       for name in {**here, **there} if there.get(name) != here.get(name)}
         if changed.keys() - MAY_CHANGE:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "
                              f"resume it, or {advice}")
@@ -683,9 +689,10 @@ def load_weights(path, model):
     with reading(path):
         weights = checkpoint.get("model", checkpoint)
         own = {name: value for name, value in model.state_dict().items() if "pos_embed" not in name}
-        if weights["patch_embed.proj.weight"].shape[1] != model.in_chans:
+        theirs = weights["patch_embed.proj.weight"].shape[1]
+        if theirs != model.in_chans:        # what channels shape is left out, and nothing else
             own = {name: value for name, value in own.items()
-                   if name not in weights or weights[name].shape == value.shape}
+                   if name not in weights or weights[name].numel() * model.in_chans != value.numel() * theirs}
         taken = {name: weights[name] for name in own if name in weights}
         needed = {name: own[name] for name in own if name in weights or name.startswith(ENCODER_PARTS)}
         check_alike(path, "model", taken, needed, any_float=True)
@@ -717,7 +724,7 @@ def check_alike(path, name, there, here, any_float=False):
 
 def leaves(tree, place):
     """Places and values of all that a tree of dicts, lists and tuples holds, such as ("optimizer[0]['step']", …)."""
-    if isinstance(tree, (dict, list, tuple)):
+    if isinstance(tree, (dict, list, tuple)) and tree:      # an empty one is a leaf, and so is compared
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from leaves(value, f"{place}[{key!r}]")
     else:

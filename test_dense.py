@@ -282,7 +282,7 @@ def test_segmentation_crops_keep_image_and_mask_together():
     """A mask that is the image's red channel stays that, up to interpolation at edges; filling is to be ignored."""
     _, shown = segment.SceneMasks("val")[0][0]
     img = (shown * 50)[None].repeat(3, 1, 1)
-    transform = segment.TrainTransform((64, 80), 64, 255)
+    transform = segment.TrainTransform((64, 80), 64, (0.5, 2.0), 255)
     segment.PHOTOMETRIC, photometric = nn.Identity(), segment.PHOTOMETRIC
     for seed in range(8):
         torch.manual_seed(seed)

@@ -49,7 +49,8 @@ from runs import Run, gather, launch, number, parse_args, save_picture
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
 DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], taps=[0, 1, 2, 3], head_channels=32,
-            num_steps=434, warmup_steps=40, batch_size=16, lr=2e-3, layer_decay=0.75, drop_path=0.0, num_workers=0)
+            scale=[0.75, 1.5], num_steps=434, warmup_steps=40, batch_size=16, lr=2e-3, layer_decay=0.75, drop_path=0.0,
+            num_workers=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,6 +73,8 @@ def get_args(argv=None):
     data = parser.add_argument_group("images and masks")
     data.add_argument("--resize", type=number(int, "[1, 16384]"),
                       help="pixels of an image's shorter side, before the random scale (default: --img_size's)")
+    data.add_argument("--scale", type=number(float, "(0, inf)"), nargs=2, default=[0.5, 2.0],
+                      help="least and most of the random scale in training")
     data.add_argument("--stride", type=number(int, "[1, 16384]"), nargs="+",
                       help="pixels between windows in evaluation (default: 2/3 of --img_size)")
     data.add_argument("--ignore", type=number(int, "[0, 255]"), default=255, help="mask value of unlabelled pixels")
@@ -80,6 +83,8 @@ def get_args(argv=None):
     training_args(parser, num_steps=160000, warmup_steps=1500, batch_size=16, weight_decay=0.05, eval_epochs=13)
     args = parse_args(parser, argv, demo=DEMO)
     finish_args(args, "segment", RECIPES[args.recipe])
+    if args.scale[0] > args.scale[1]:
+        raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the first must not be the larger")
     args.resize = args.resize or min(args.img_size)
     args.stride = pair(args.stride or [max(1, 2 * side // 3) for side in args.img_size])
     return args
@@ -262,12 +267,12 @@ class TrainTransform:
     """Random scale, crop (of ten, the first where no class has over 0.75 of the pixels), flip and photometric
     distortion; the image and its mask at `size`."""
 
-    def __init__(self, size, pixels, ignore):
-        self.size, self.pixels, self.ignore = size, pixels, ignore
+    def __init__(self, size, pixels, scale, ignore):
+        self.size, self.pixels, self.scale, self.ignore = size, pixels, scale, ignore
 
     def __call__(self, sample):
         img, mask = sample
-        scale = shorter_side(img, self.pixels) * torch.empty(()).uniform_(0.5, 2).item()
+        scale = shorter_side(img, self.pixels) * torch.empty(()).uniform_(*self.scale).item()
         size = [max(1, round(side * scale)) for side in img.shape[1:]]
         img, mask = resize(img, size), resize_mask(mask[None], size)[0]
         for _ in range(10):
@@ -512,7 +517,8 @@ def main(args):
     train_set, val_set = (
         SceneMasks(split) if args.data == "scenes" else MaskFolder(args.data, split, args.ignore, args.in_chans)
         for split in ("train", args.val_split))
-    crops = Pairs(train_set, TrainTransform(args.img_size, args.resize, args.ignore), args.seed, args.skip_bad)
+    transform = TrainTransform(args.img_size, args.resize, args.scale, args.ignore)
+    crops = Pairs(train_set, transform, args.seed, args.skip_bad)
     val_crops = Pairs(val_set, EvalTransform(args.resize))
     channels = run.channels(crops)
     if args.batch_size < 2 * run.world_size * args.accum_iter:

@@ -4,6 +4,7 @@
     python -m pytest -q test_dense.py
 """
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_segmentation_crops_keep_image_and_mask_together():
     """A mask that is the image's red channel stays that, up to interpolation at edges; filling is to be ignored."""
     _, shown = segment.SceneMasks("val")[0][0]
     img = (shown * 50)[None].repeat(3, 1, 1)
-    transform = segment.TrainTransform((64, 80), 64, 255)
+    transform = segment.TrainTransform((64, 80), 64, (0.5, 2.0), 255)
     segment.PHOTOMETRIC, photometric = nn.Identity(), segment.PHOTOMETRIC
     for seed in range(8):
         torch.manual_seed(seed)
@@ -325,9 +326,9 @@ ANN = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "segmen
 
 def refused(module, root, *more):
     """The one line with which a script refuses what lies in a folder."""
-    words = f"--ckpt none --demo --device cpu --data {root} --output_dir {root}/out --num_steps 2 --warmup_steps 0"
-    with pytest.raises(common.InputError) as error:
-        module.main(module.get_args([*words.split(), "--batch_size", "2", *more]))
+    words = f"--ckpt none --demo --device cpu --data {root} --num_steps 2 --warmup_steps 0 --batch_size 2".split()
+    with pytest.raises(common.InputError) as error, tempfile.TemporaryDirectory() as output:
+        module.main(module.get_args([*words, "--output_dir", output, *more]))
     assert "\n" not in str(error.value)
     return str(error.value)
 

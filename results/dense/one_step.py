@@ -49,9 +49,9 @@ def main(name):
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), size, number)
         start = time.time()
-        module.main(module.get_args(f"--ckpt none --data {folder} --output_dir {folder}/out --num_steps 1 "
-                                    "--num_workers 0 "
-                                    f"--batch_size {number} --warmup_steps 0 --device cpu".split()))
+        module.main(module.get_args(
+            f"--ckpt none --data {folder} --output_dir {folder}/out --num_steps 1 --warmup_steps 0 --num_workers 0 "
+            f"--batch_size {number} --device cpu".split()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{name}: {number} image(s) of {size}, ViT-B: peak memory {peak:.1f} GB, {time.time() - start:.0f} s in all")
 

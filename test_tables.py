@@ -259,3 +259,71 @@ def test_a_sixth_script(folder, tmp_path):
     (tmp_path / "crossmae.py").write_text(text.replace("  # CrossMAE: a random quarter of the patches", ""))
     with pytest.raises(AssertionError, match="CrossMAE"):
         run("-m", "pytest", "-q", "test_all.py", "-k", "guard", "-p", "no:cacheprovider")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims with seeds, and small weights
+# ---------------------------------------------------------------------------------------------------------------------
+def claims():
+    sys.path.insert(0, str(ROOT / "results"))
+    try:
+        return module("claims")
+    finally:
+        sys.path.pop(0)
+
+
+def test_claims_come_from_committed_files():
+    """The page, the weights' card, and what the README says of them."""
+    page = (ROOT / "results/claims.md").read_text()
+    assert page == claims().page(ROOT / "results/claims")
+    assert (ROOT / "weights/README.md").read_text() == claims().card()
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| .* \|$", readme.partition("## Do the claims hold?")[2].partition("## Speed")[0], re.M)
+    assert len(rows) >= 5 and all(row in page for row in rows)
+    for script, linear, finetuned in re.findall(r"\[`(\w+)\.py`\].*? (\d\d\.\d) / (\d\d\.\d) % \|", readme):
+        run = claims().read(ROOT / "results/claims")[f"all_{script}"][0]
+        assert (linear, finetuned) == (f"{run['linear']:.1f}", f"{run['finetune']:.1f}")
+
+
+def test_a_difference_shows_as_in_the_books():
+    """Residuals against least squares on indicators of rows and seeds, Student's t against a printed table, and Holm's
+    correction by hand."""
+    random = np.random.RandomState(0)
+    names = list(dict.fromkeys(name for *_, a, b in claims().CLAIMS for name in (a, b)))
+    x = random.randn(len(names), 3) + random.randn(3) + 3 * np.arange(len(names))[:, None] % 7
+    found = {name: {seed: {"linear": x[i, seed]} for seed in range(3)} for i, name in enumerate(names)}
+    deviation, df, number = claims().residual(found)
+    indicators = [[*np.eye(len(names))[i], *np.eye(3)[seed, 1:]] for i in range(len(names)) for seed in range(3)]
+    _, (square,), *_ = np.linalg.lstsq(np.array(indicators), x.ravel(), rcond=None)
+    assert (number, df) == (len(names), 2 * len(names) - 2) and deviation == pytest.approx(np.sqrt(square / df))
+
+    for rows, student in ((2, 4.303), (3, 2.776), (5, 2.306), (16, 2.042)):         # t_0.975 of 2, 4, 8, 30 degrees
+        few = {name: found[name] if i < rows else {0: found[name][0]} for i, name in enumerate(names)}
+        s, _, _ = claims().residual(few)
+        pairs, _, _, least, *_ = claims().compare(few)[0]
+        assert least == pytest.approx(student * s * np.sqrt(2 / pairs), rel=1e-3)
+    compared = claims().compare(found)
+    ps = np.array([entry[4] for entry in compared])
+    order, holds = ps.argsort(), np.zeros(len(ps), bool)
+    for rank, i in enumerate(order):
+        if ps[i] >= 0.05 / (len(ps) - rank):
+            break
+        holds[i] = True
+    assert [bool(entry[5]) for entry in compared] == holds.tolist() and 0 < holds.sum() < len(ps)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.pt")), ids=lambda path: path.stem)
+def test_weights(path, folder, tmp_path):
+    """Small, named in the card by their hash (test above), and taken by --ckpt, --init_from and visualize.py."""
+    assert path.stat().st_size < 4e6
+    name = path.stem.removesuffix("_cifar10")
+    run_finetune("--ckpt", path, "--data", folder, "--mode", "knn", "--output_dir", tmp_path / "knn")
+    script = module(name)
+    args = torch.load(path, weights_only=True)["args"]
+    script.main(script.get_args(small_args(
+        folder, tmp_path / "run", "--epochs", 1, "--init_from", path, "--model", args["model"], "--img_size", 32,
+        "--patch_size", 4)))
+    if name != "sdae":
+        visualize = module("visualize")
+        visualize.main(visualize.get_args(["seeds", "--ckpt", str(path), "--images", str(folder), "--output",
+                                           str(tmp_path / "seeds.png")]))

@@ -47,7 +47,7 @@ def get_args(argv=None):
     parser.add_argument("--seeds", type=number(int, "[0, 4294967296)"), nargs="+", default=[0, 1, 2], help="of masks")
     parser.add_argument("--mask_ratio", type=number(float, "(0, 1)"), nargs="+", help="seeds, difficulty (the first), "
                         "distances: share of patches removed (default: as trained; distances 0.75 0.85 0.9)")
-    parser.add_argument("--runs", nargs="+", help="curves: folders with a log.jsonl, or logs of results/reproduce.py")
+    parser.add_argument("--runs", nargs="+", help="curves: folders with a log.jsonl, or files of results/claims")
     parser.add_argument("--key", default="loss", help="curves: which number of the log")
     parser.add_argument("--output", help="the picture (default: {what}.png)")
     args = parser.parse_args(argv)
@@ -85,7 +85,7 @@ def load_pixel_model(path):
         if getattr(args, "decoder_depth", 0) > len(weights):
             raise InputError(f"'{path}' has --decoder_depth {args.decoder_depth}, and fewer weights than that")
         model = script.build_model(args)
-        check_alike(path, "model", weights, model.state_dict())
+        check_alike(path, "model", weights, model.state_dict(), any_float=True)
         model.load_state_dict(weights)
         model.channels = [[*map(float, x)] for x in (args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)]
         black = normalize(torch.zeros(1, model.in_chans, *model_size(model)), *model.channels)
@@ -362,7 +362,7 @@ def curves(args):
     for run in args.runs:
         path = Path(run) / "log.jsonl" if os.path.isdir(run) else Path(run)
         try:
-            text = path.read_text()                 # lines, or one of results/reproduce's files
+            text = path.read_text()                 # lines, or one of results/claims's files
             log = json.loads(text)["log"] if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
             epochs, names = [line["epoch"] + 1 for line in log], ", ".join(log[0])
         except (OSError, ValueError, LookupError, TypeError) as error:

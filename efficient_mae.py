@@ -22,7 +22,9 @@ Chosen where the paper is silent or contradicts itself:
 - Defaults: ViT-L, 800 epochs, batch 1024 (Section 5.1). Table 4's columns DF and DM are swapped (see Tables 6, 8).
 - --difficulty 3x3 and 5x5 are Table 5's metrics (a) and (b): d is the inverse of either, and a patch without a visible
   one there, of weight zero in the paper, stays out of the decoder (113.8 and 158.7 patches stay; Table 5: 114, 159).
-- Not implemented: Table 5's metric (c); Table 6 (b) and (c), which come without details ((a) is --gamma 0).
+  nearest is (c), the distance between the centres of a removed patch and the nearest visible one. β bounds P²Dist
+  alone, so here all 167 patches stay, as in Table 5.
+- Not implemented: Table 6 (b) and (c), which come without details ((a) is --gamma 0).
 
     python efficient_mae.py --demo                                              # one CPU core: two minutes
     python efficient_mae.py --data my_images --model vit_base --batch_size 256  # one GPU of 24 GB
@@ -94,11 +96,11 @@ def method_args(parser):  # Efficient
                         help="standardise each patch of the target")
     method.add_argument("--gamma", type=number(float, "[0, 10]"), default=0.6, help="γ of d^-γ (Eq. 2)")
     method.add_argument("--beta", type=number(float, "(0, inf]"),
-                        help="β, pixels: harder patches are dropped; inf: none (default: 26/16 patch)")
+                        help="β, pixels: harder patches are dropped; inf: none (default: 26/16 patch for p2dist)")
     method.add_argument("--p2dist", choices=["approximate", "exact"], default="approximate",
                         help="Algorithm 1, or Eq. 1 over all pixels")
-    method.add_argument("--difficulty", choices=["p2dist", "3x3", "5x5"], default="p2dist",
-                        help="what d is; 3x3 and 5x5 (Table 5) drop the patches without a visible one there")
+    method.add_argument("--difficulty", choices=["p2dist", "3x3", "5x5", "nearest"], default="p2dist",
+                        help="what d is (Table 5); 3x3 and 5x5 drop the patches without a visible one there")
     parser.set_defaults(model="vit_large", batch_size=1024)                                     # Section 5.1
 
 
@@ -203,6 +205,14 @@ def neighbourhood(ids_keep, ids_remove, grid_size, patch_size, radius):  # Effic
     return 1 / density.flatten(1).gather(1, ids_remove)
 
 
+def nearest_patch(ids_keep, ids_remove, grid_size, patch_size):  # Efficient
+    """Table 5's metric (c), (N, L - keep): pixels from a removed patch to the nearest visible one, between centres."""
+    columns = grid_size[1]
+    down = ids_remove[:, :, None] // columns - ids_keep[:, None] // columns              # (N, L - keep, keep)
+    right = ids_remove[:, :, None] % columns - ids_keep[:, None] % columns
+    return patch_size * (down**2 + right**2).amin(dim=2).float().sqrt()
+
+
 def true_entries(mask, number):  # Efficient
     """Flat indices of the `number` entries of a mask that are true, in order: as nonzero(), but without the wait for
     the device to learn how many there are."""
@@ -249,13 +259,15 @@ class EfficientMAE(ViT):  # Efficient
             raise InputError(f"mask_ratio {mask_ratio} must keep and remove at least one of {self.num_patches} patches")
         self.norm_pix = norm_pix
         self.gamma = gamma
-        self.beta = 26 * patch_size / 16 if beta is None else beta
+        if beta is not None and difficulty != "p2dist":
+            raise InputError(f"beta bounds P²Dist: leave it out with --difficulty {difficulty}")
+        self.beta = beta or (26 * patch_size / 16 if difficulty == "p2dist" else math.inf)
         if patch_size < 2 or self.beta < patch_size / 2 + 1:            # a patch beside a visible one has d below this
             raise InputError(f"beta must be at least {patch_size / 2 + 1:g} pixels, or no patch may be left to predict "
                              "(patch_size at least 2)")
         self.difficulty = {"approximate": p2dist_approximate, "exact": p2dist_exact,
                            "3x3": functools.partial(neighbourhood, radius=1),
-                           "5x5": functools.partial(neighbourhood, radius=2)}[
+                           "5x5": functools.partial(neighbourhood, radius=2), "nearest": nearest_patch}[
                                p2dist if difficulty == "p2dist" else difficulty]
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))

@@ -1351,6 +1351,7 @@ WORDS = {  # refused by argparse, which says what is allowed
         finetune --drop_path 1, finetune --smoothing 1, finetune --erasing 1.5, finetune --mixup -1,
         finetune --cutmix -1, finetune --k 0, finetune --temperature 0""",
     "invalid choice": "mae --model vit_giant, mae --device tpu, mae --amp fp8, efficient_mae --p2dist fast, "
+                      "efficient_mae --difficulty 7x7, "
                       "robust_mae --target mean, sdae --ema never, finetune --mode probe, finetune --pool max",
     "unrecognized arguments": "mae --epoch 3, mae --parts 4, emae --mask_ratio 0.75, sdae --norm_pix, "
                               "finetune --norm_pix",
@@ -1378,6 +1379,7 @@ emae --parts 2: cannot be cut into 2 parts, two of which overlap
 efficient_mae --beta 4.9: beta must be at least 5 pixels
 efficient_mae --mask_ratio 0.95: mask_ratio 0.95 must keep and remove at least one of 16
 efficient_mae --img_size 8 --patch_size 1: patch_size at least 2
+efficient_mae --difficulty nearest --beta 8: beta bounds P²Dist: leave it out with --difficulty nearest
 robust_mae --mid_ratio 0.8: mid_ratio must be 0, or from one patch, 1/16, to mask_ratio
 robust_mae --mid_ratio 0.01: mid_ratio must be 0, or from one patch, 1/16
 robust_mae --mid_ratio 0.25 --mid_depth 4: mid_depth needs mid_ratio, and is from 0 to 3

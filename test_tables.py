@@ -125,9 +125,21 @@ def test_other_difficulties(radius, expected):
             assert found == pytest.approx(1 / sum(inverse) if inverse else np.inf, rel=1e-5)
 
 
-@pytest.mark.parametrize("difficulty", ["3x3", "5x5"])
+def test_distance_to_the_nearest_patch():
+    """A loop over the visible patches; and the paper's count: of 167 patches, all are predicted."""
+    model = efficient_mae.EfficientMAE(**dict(SMALL, img_size=224, patch_size=16), difficulty="nearest")
+    keep, remove, distance, easy = model.decoder_masking(torch.rand(100, 196))
+    assert easy.sum(dim=1).tolist() == [167] * 100
+    for patch, found in zip(remove[0].tolist(), distance[0].tolist()):
+        apart = [np.hypot(patch // 14 - other // 14, patch % 14 - other % 14) for other in keep[0].tolist()]
+        assert found == pytest.approx(16 * min(apart))
+    with pytest.raises(InputError, match="--difficulty nearest"):
+        efficient_mae.EfficientMAE(**SMALL, difficulty="nearest", beta=26)
+
+
+@pytest.mark.parametrize("difficulty", ["3x3", "5x5", "nearest"])
 def test_other_difficulties_weigh_and_drop(difficulty):
-    """The loss is Eq. 2 over the patches that have a visible one near; with γ = 0 the mean over them."""
+    """The loss is Eq. 2 over the patches of finite difficulty; with γ = 0 the mean over them."""
     model = efficient_mae.EfficientMAE(**SMALL, gamma=0.0, difficulty=difficulty).eval()
     imgs, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
     loss, stats = model(imgs, noise)

@@ -1,6 +1,8 @@
 """Speed of the scripts, compared with other implementations.
 
     python bench.py                     # every method: images/s of a training step, memory, multiply-adds
+    python bench.py --methods mae "efficient_mae --beta inf"            # some of them, also with flags of their own
+    python bench.py --methods mae --mask_ratio 0 0.25 0.5 0.75          # each at several mask ratios; 0: encoder alone
     python bench.py --sdae_teachers     # MAE and SdAE's four teacher inputs (its Table 1)
     python bench.py --peers             # MAE beside transformers', lightly's and timm's (pip install them first)
     python bench.py --loader DIR        # decoding and augmentation of a folder's photographs, per core
@@ -50,6 +52,7 @@ SETTINGS = {  # flags of the scripts; images a step on a CPU (in float32 half of
     "vit_large": ("", 8, 128),
     "vit_huge": ("", 4, 32),
 }
+ENCODER_ALONE = ["mae", "--mask_ratio", "0"]
 
 
 def get_args(argv=None):
@@ -60,7 +63,9 @@ def get_args(argv=None):
     what.add_argument("--peers", nargs="*", choices=PEERS, help="MAE beside theirs")
     what.add_argument("--loader", metavar="DIR", help="images/s of one core, from files to uint8 crops")
     what.add_argument("--sdae_teachers", action="store_true", help="MAE, and SdAE with each --teacher_input")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    what.add_argument("--mask_ratio", nargs="+", type=number(float, "[0, 1)"),
+                      help="each of --methods at these; 0: MAE's encoder alone (Efficient MAE's Table 1)")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help=f"{', '.join(METHODS)}; quoted also with flags")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, help="default: vit_base, with vit_tiny (32 pixels, "
                         "patches of 4) on a CPU, with vit_large and vit_huge on a GPU")
     parser.add_argument("--amp", nargs="+", choices=["bf16", "fp16", "none"], help="default: bf16; on a CPU none too")
@@ -82,11 +87,38 @@ def get_args(argv=None):
             raise InputError(f"{name} is not installed: pip install it, or name other libraries after --peers")
     if (args.compile or args.model_only) and (args.peers or args.loader):
         raise InputError("--compile and --model_only are for the scripts' tables (--peers shows ours both ways)")
-    if args.methods[0] != "mae":
+    if args.methods[0].split()[:1] != ["mae"]:
         raise InputError("--methods begins with mae, which the others are measured by")
+    for name, *flags in lines(args):
+        if name not in METHODS:
+            raise InputError(f"--methods: '{name}' is none of {', '.join(METHODS)}")
+        try:
+            importlib.import_module(name).get_args([] if [name, *flags] == ENCODER_ALONE else flags)
+        except InputError as error:
+            raise InputError(f"{name}.py: {error}") from error
     if args.loader and not os.path.isdir(args.loader):
         raise InputError(f"no folder '{args.loader}': give one with photographs")
     return args
+
+
+def lines(args):
+    """What the scripts' tables compare: for each line, a script's name and its flags."""
+    if args.sdae_teachers:
+        return [["mae"], *(["sdae", "--teacher_input", teacher] for teacher in ("full", "masked", "crop", "folds"))]
+    lines = [text.split() for text in args.methods]
+    if args.mask_ratio:
+        lines = [[*line, "--mask_ratio", f"{ratio:g}"] for ratio in args.mask_ratio for line in lines]
+    return lines
+
+
+class EncoderAlone(common.ViT):
+    """The encoder that mae.py's arguments describe, on all patches; the loss only gives it something to do."""
+
+    def __init__(self, args):
+        super().__init__(**dict(common.VIT_SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size))
+
+    def forward(self, imgs, noise=None):
+        return self.forward_features(imgs).mean(), {}
 
 
 class Candidate:
@@ -171,9 +203,11 @@ def from_memory(batch_size, img_size, device):
         yield imgs, torch.zeros(batch_size, dtype=torch.int64)
 
 
-def ours(turns, name, words):
-    """A script's own main on images from memory; whatever passes over all images first (Run.once) gets one batch."""
+def ours(turns, name, words, build=None):
+    """A script's own main on images from memory; whatever passes over all images first (Run.once) gets one batch.
+    `build` (args) makes another model than the script's."""
     module = importlib.import_module(name)
+    module.build_model = build or module.build_model
     args = module.get_args([*words, "--save_minutes", "inf"])
 
     def make_loader(crops, batches, num_workers, device):
@@ -195,12 +229,12 @@ def training(args):
     return device, amp_dtype(args.amp, device)
 
 
-def forward_backward(turns, name, words):
+def forward_backward(turns, name, words, build=None):
     """A script's model alone: no optimiser, no gradient's norm, nothing else of its main."""
     module = importlib.import_module(name)
     args = module.get_args(words)
     device, dtype = training(args)
-    model = module.build_model(args).to(device).train()
+    model = (build or module.build_model)(args).to(device).train()
     if args.compile:
         model.compile()
     for imgs, _ in turns(from_memory(args.batch_size, args.img_size, device), device):
@@ -292,17 +326,16 @@ def title_of(name, images, limit, words):
 
 def methods(args):
     """The scripts' training steps, or their models' forward and backward alone."""
-    lines = [(name, []) for name in args.methods]
-    if args.sdae_teachers:
-        inputs = ("full", "masked", "crop", "folds")
-        lines = [("mae", []), *(("sdae", ["--teacher_input", teacher]) for teacher in inputs)]
     function, what = (forward_backward, ", forward and backward") if args.model_only else (ours, "")
     for setting, words, images, limit in settings(args):
         words, candidates = words + ["--compile"] * args.compile, []
-        for name, more in lines:
-            candidates.append(Candidate(f"`{' '.join([f'{name}.py', *more])}`", function, name, words + more,
-                                        images=images, macs=counted(name, words + more),
-                                        tight=tight(name, words + more)))
+        for name, *flags in lines(args):
+            label, build = f"`{' '.join([f'{name}.py', *flags])}`", None
+            if [name, *flags] == ENCODER_ALONE:
+                flags, build = [], EncoderAlone
+            candidates.append(Candidate(label, function, name, words + flags, build, images=images,
+                                        macs=counted(name, words + flags, build=build),
+                                        tight=None if build else tight(name, words + flags)))
         measure([*candidates, limit], args)
         rows, first = [], candidates[0]
         for candidate in candidates:
@@ -373,7 +406,8 @@ def machine(args):
 
 def main(args):
     """Measures, prints and writes the tables."""
-    what = next((name for name in ("peers", "loader", "sdae_teachers", "model_only") if getattr(args, name)), "methods")
+    names = ("peers", "loader", "sdae_teachers", "mask_ratio", "model_only")
+    what = next((name for name in names if getattr(args, name)), "methods")
     function = {"peers": peers, "loader": loader}.get(what, methods)
     output, what = Path(args.output_dir), f"{what.removesuffix('_only')}_{args.device}"
     output.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -15,8 +16,8 @@ from conftest import ROOT, SCRIPTS, module
 PAGE = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
 PLACES = {"what", "data", "ckpt", "output_dir", "output", "images", "runs", "_defaults"}    # where things are
 FOLLOWS = {"model": {"patch_size", "crop_scale"}, "ema": {"momentum"}}      # what a script sets by another argument
-BASH = ('python() { echo "$@"; }\n'
-        'torchrun() { [ "$1 $2" = "--nproc_per_node 8" ] && echo "${@:3}" || echo "wrong torchrun $*"; }\n')
+BASH = ('python() { printf "%q " "$@"; echo; }\n'
+        'torchrun() { [ "$1 $2" = "--nproc_per_node 8" ] && python "${@:3}" || echo "wrong torchrun $*"; }\n')
 
 
 def read_page():
@@ -38,7 +39,7 @@ def read_page():
             if line.startswith("# "):
                 commands = rows[title, line[2:]]["commands"]
             else:
-                commands.append(line.split())
+                commands.append(shlex.split(line))
     return rows
 
 
@@ -63,7 +64,7 @@ def parse(words):
 def written(value):
     """A value as the page writes it."""
     if isinstance(value, list):
-        return " ".join(map(written, value))
+        return shlex.join(map(written, value))
     return {"True": "on", "False": "off"}.get(str(value), f"{value:g}" if isinstance(value, float) else str(value))
 
 

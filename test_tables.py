@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import bench
 import common
 import efficient_mae
 import finetune
 import mae
 import mae_ablations
 from common import InputError
-from conftest import ROOT, module, photo, small_args
+from conftest import ROOT, module, photo, script, small_args
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1,
              decoder_num_heads=2)                                                       # 8×8 patches
@@ -150,6 +152,47 @@ def test_other_difficulties_weigh_and_drop(difficulty):
     mean, std = mae.mean_and_std(patches)
     error = (pred - (patches - mean) / std).square().mean(dim=2).take_along_dim(ids_remove, dim=1)
     assert loss.item() == pytest.approx(np.mean([error[i][easy[i]].mean().item() for i in range(3)]), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py: Efficient MAE's Tables 1 and 4
+# ---------------------------------------------------------------------------------------------------------------------
+def test_cost_by_mask_ratio(monkeypatch):
+    """Table 1's multiply-adds of ViT-L, in G: the encoder alone (its ratio 0), and MAE. No candidate runs here, and
+    tensors have no data. The papers embed and predict all patches, the code fewer: 1 % apart."""
+    args = bench.get_args("--methods mae --mask_ratio 0 0.01 0.5 --models vit_large --amp none --device cpu".split())
+    monkeypatch.setattr(bench, "Candidate", lambda label, *_, **facts: types.SimpleNamespace(
+        label=label, facts=facts, times=[1.0], memory=None))
+    monkeypatch.setattr(bench, "measure", lambda *_: None)
+    with FakeTensorMode():
+        (_, _, _, (*candidates, _)), = bench.methods(args)
+    assert [candidate.label for candidate in candidates] == [f"`mae.py --mask_ratio {x}`" for x in ("0", "0.01", "0.5")]
+    assert [c.facts["macs"] / 3e9 for c in candidates] == pytest.approx([61.6, 66.4, 36.0], rel=0.01)
+
+
+def test_bench_of_the_encoder_alone_and_of_flags(tmp_path):
+    """As a user runs it, two steps each."""
+    words = "--models vit_tiny --amp none --device cpu --batch_size 2 --rounds 1 --seconds 0.01".split()
+    script("bench.py", "--methods", "mae --mask_ratio 0", "efficient_mae --beta inf", *words, "--output_dir", tmp_path,
+           check=True)
+    table = (tmp_path / "methods_cpu.md").read_text()
+    assert "\n| `mae.py --mask_ratio 0` |" in table and "\n| `efficient_mae.py --beta inf` |" in table
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--methods", "mae", "emae", "--mask_ratio", "0"], "emae.py: unrecognized arguments: --mask_ratio 0"),
+    (["--mask_ratio", "0.5"], "emae.py: unrecognized arguments: --mask_ratio 0.5"),
+    (["--methods", "mae", "efficient_mae --bta 9"], "efficient_mae.py: unrecognized arguments: --bta 9"),
+    (["--methods", "mae", "timm"], "--methods: 'timm' is none of mae, efficient_mae, "),
+    (["--methods", "sdae"], "--methods begins with mae")])
+def test_bench_refuses(words, message):
+    with pytest.raises(InputError, match=message):
+        bench.get_args(words)
+
+
+def test_bench_refuses_in_one_line():
+    process = script("bench.py", "--mask_ratio", "1")
+    assert process.returncode == 2 and process.stderr == "bench.py: error: argument --mask_ratio: 1 is not in [0, 1)\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

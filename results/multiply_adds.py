@@ -18,12 +18,13 @@ from common import VIT_SIZES, pair
 SCRIPTS = ["mae", "emae", "efficient_mae", "robust_mae", "sdae"]
 
 
-def counted(name, words, images=16):
-    """What the script's model does of them, by torch's FlopCounter, on a CPU; Efficient MAE's mean over `images`."""
+def counted(name, words, images=16, build=None):
+    """What the script's model does of them, by torch's FlopCounter, on a CPU; Efficient MAE's mean over `images`.
+    `build` (args) makes another model than the script's."""
     module = importlib.import_module(name)
     args = module.get_args([*words, "--batch_size", "2"])
     images = images if name == "efficient_mae" else 2
-    model = module.build_model(args).train()
+    model = (build or module.build_model)(args).train()
     noise = torch.rand(1000, model.num_patches, generator=torch.Generator().manual_seed(0))[:images]    # as in `tight`
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(images, 3, *pair(args.img_size)), noise)[0].backward()

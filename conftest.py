@@ -1,5 +1,6 @@
 """What the test files share: drawn images, short runs of the scripts, a fixed seed, and a GPU that is hidden."""
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,32 @@ def photo(seed=0, size=(48, 40), mode="RGB"):
 def small_args(folder, output, *more):
     """A command line of a method's script, for a run of a few seconds: 2 epochs of 3 steps."""
     return ["--data", str(folder), "--output_dir", str(output), *SMALL, *map(str, more)]
+
+
+def write_masks(root, values=(0, 1, 255), size=(40, 48)):
+    """12 images and masks for each split, of two classes."""
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            random = np.random.RandomState(i)
+            Image.fromarray(random.randint(0, 256, (40, 48, 3), np.uint8)).save(root / "images" / split / f"{i}.jpg")
+            Image.fromarray(random.choice(values, size).astype(np.uint8)).save(root / "masks" / split / f"{i}.png")
+    (root / "classes.json").write_text('{"classes": ["sky", "ground"]}')
+
+
+def write_coco(root, annotations, categories=(1,), size=(40, 48), number=1):
+    """One image a split, with these annotations."""
+    for split, anns in annotations.items():
+        (root / split).mkdir(exist_ok=True)
+        (root / "annotations").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / split / "a.jpg")
+        content = {"images": [{"id": number, "file_name": "a.jpg", "height": size[0], "width": size[1]}],
+                   "annotations": anns, "categories": [{"id": i, "name": f"thing {i}"} for i in categories]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+ANN = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "segmentation": [[5, 5, 25, 5, 25, 25]]}
 
 
 def script(*command, **more):

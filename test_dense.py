@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 pytest.importorskip("pycocotools")
 from pycocotools import mask as coco_mask
@@ -20,7 +19,7 @@ import common
 import detect
 import runs
 import segment
-from conftest import script
+from conftest import ANN, script, write_coco, write_masks
 
 TINY = dict(patch_size=16, embed_dim=64, depth=4, num_heads=4)
 
@@ -298,32 +297,6 @@ def test_segmentation_crops_keep_image_and_mask_together():
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input, and short runs
 # ---------------------------------------------------------------------------------------------------------------------
-def write_masks(root, values=(0, 1, 255), size=(40, 48)):
-    """12 images and masks for each split, of two classes."""
-    for split in ("train", "val"):
-        for kind in ("images", "masks"):
-            (root / kind / split).mkdir(parents=True, exist_ok=True)
-        for i in range(12):
-            random = np.random.RandomState(i)
-            Image.fromarray(random.randint(0, 256, (40, 48, 3), np.uint8)).save(root / "images" / split / f"{i}.jpg")
-            Image.fromarray(random.choice(values, size).astype(np.uint8)).save(root / "masks" / split / f"{i}.png")
-    (root / "classes.json").write_text('{"classes": ["sky", "ground"]}')
-
-
-def write_coco(root, annotations, categories=(1,), size=(40, 48), number=1):
-    """One image a split, with these annotations."""
-    for split, anns in annotations.items():
-        (root / split).mkdir(exist_ok=True)
-        (root / "annotations").mkdir(exist_ok=True)
-        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / split / "a.jpg")
-        content = {"images": [{"id": number, "file_name": "a.jpg", "height": size[0], "width": size[1]}],
-                   "annotations": anns, "categories": [{"id": i, "name": f"thing {i}"} for i in categories]}
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
-ANN = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "segmentation": [[5, 5, 25, 5, 25, 25]]}
-
-
 def refused(module, root, *more):
     """The one line with which a script refuses what lies in a folder."""
     words = f"--ckpt none --demo --device cpu --data {root} --num_steps 2 --warmup_steps 0 --batch_size 2".split()

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tokenize
 import types
 import warnings
@@ -1705,6 +1706,6 @@ def test_commands_of_the_readme_and_the_docs(monkeypatch):
     for launcher, name, words in commands:
         processes = math.prod(map(int, re.findall(r"--(?:nnodes|nproc_per_node)[ =](\d+)", launcher)))
         known = "$" not in words and (ROOT / f"{name}.py").exists()
-        args = module(name).get_args(words.split()) if known else None
+        args = module(name).get_args(shlex.split(words)) if known else None
         if getattr(args, "batch_size", None) and hasattr(args, "accum_iter"):
             assert args.batch_size % (processes * args.accum_iter) == 0, (name, words)

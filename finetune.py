@@ -15,7 +15,7 @@ using unnormalized pixels" (its FINETUNE.md), by the encoder's size (B: up to 76
 paper is MAE's Tables 9 and 10, --recipe scratch its Table 11. Chosen where the papers are silent or differ:
 - Partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
   --epochs); 0 blocks is linear probing. In fine-tuning and partial fine-tuning the norm before the head trains.
-- SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10` (A.1), EMAE with `--blr 1e-3` (Section 4.2).
+- SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10` (A.1), EMAE with `--recipe paper` (Section 4.2).
 - Random weights (`--ckpt none`) train without layer-wise decay: there is nothing in the lower layers to preserve.
 - RandAugment is timm's `rand-m9-mstd0.5-inc1`, op by op. Mixup's and cutmix's partner is the batch's previous image.
 - Positions are resampled, bicubic and antialiased, when the image size differs from pre-training's.
@@ -95,7 +95,7 @@ def get_args(argv=None):
     model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+",
                        help="pixels: one or two (default: as pre-trained)")
     model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
-                       "(default: avg for finetune and partial, cls for linear and knn)")
+                       "(default: the recipe's; cls for linear and knn)")
     model.add_argument("--drop_path", type=number(float, "[0, 1)"), help="the last block's (default: the recipe's)")
 
     optim = parser.add_argument_group("optimisation (default: the recipe's)")

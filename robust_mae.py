@@ -19,8 +19,8 @@ Chosen where the paper is silent:
 - Mid-level (Section 3.4): --mid_ratio 0.25 gives 49 of the 147 removed patches, the first after the visible ones in
   shuffled order, a token of their own + position before blocks[8] of 12, counted from 0 (elsewhere two thirds of the
   depth). They pass through decoder_embed as visible ones do; the loss stays on all 147. The flag alone leaves drop edge
-  and Eq. 3 on. Table 5 compares with MAE, and we take it to add nothing else: --target rgb --drop_edge 0 --crop_scale
-  0.2 1 as well.
+  and Eq. 3 on. We take Table 5, which compares with MAE, to be the tokens alone: --mid_ratio 0.25 --target rgb
+  --drop_edge 0 --crop_scale 0.2 1.
 - RandomResizedCrop scale (0.5, 1) up to ViT-B (Section 3.1, for ViT-B), MAE's (0.2, 1) above. 800 epochs.
 
     python robust_mae.py --demo                                               # one CPU core: two minutes

@@ -3,6 +3,7 @@
     python -m pytest -q test_tables.py
 """
 import csv
+import functools
 import re
 import shutil
 import subprocess
@@ -317,6 +318,48 @@ def test_a_sixth_script(folder, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# docs/running.md: timm and Hugging Face
+# ---------------------------------------------------------------------------------------------------------------------
+def test_conversions_of_the_docs(folder, pretrained, tmp_path, monkeypatch):
+    """The page's own lines, run in a folder with a small model's checkpoints: what they make computes the same. Only
+    sizes are changed, and nothing is downloaded."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    text = (ROOT / "docs/running.md").read_text().split("\n## timm and Hugging Face\n")[1].split("\n## ")[0]
+    to_timm, from_timm, names, to_hf, from_hf = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert re.search(r'create_model\("(.*?)", pretrained', from_timm)[1] in timm.list_pretrained()
+
+    vit = dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2)
+    theirs = dict(image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
+                  intermediate_size=512, decoder_hidden_size=32, decoder_num_hidden_layers=1,
+                  decoder_num_attention_heads=2, decoder_intermediate_size=128)
+    config = transformers.ViTMAEConfig(**theirs, layer_norm_eps=1e-6, norm_pix_loss=True)
+    their_model = transformers.ViTMAEForPreTraining(config).eval()
+    small = functools.partial(mae.MAE, **vit, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **vit, **more))
+    monkeypatch.setattr(transformers.ViTMAEForPreTraining, "from_pretrained", lambda name: their_model)
+    monkeypatch.setattr(mae, "MAE", small)
+    shutil.copytree(pretrained, tmp_path / "runs/mae")
+    monkeypatch.chdir(tmp_path)
+
+    imgs, noise, ours, made = torch.randn(2, 3, 32, 32), torch.rand(2, 16), small(), {"sizes": theirs}
+    ours.load_state_dict(torch.load("runs/mae/last.pt", weights_only=True)["model"])
+    exec(to_timm, made)
+    torch.testing.assert_close(made["encoder"].eval()(imgs), ours.features(imgs))
+    exec(from_timm, made)
+    loaded, *_ = finetune.load_encoder("timm.pt")
+    assert all(torch.equal(value, loaded[name]) for name, value in made["encoder"].state_dict().items())
+    mae.main(mae.get_args(small_args(folder, tmp_path / "from_timm", "--init_from", "timm.pt")))
+
+    exec(names, made)
+    exec(to_hf.replace("ViTMAEConfig(", "ViTMAEConfig(**sizes, "), made)
+    torch.testing.assert_close(made["model"](imgs, noise=noise).loss, ours(imgs, noise)[0])
+    exec(from_hf, made)
+    torch.testing.assert_close(made["model"](imgs, noise)[0], their_model(imgs, noise=noise).loss)
+    made["model"].load_state_dict(torch.load("vit-mae-base.pt", weights_only=True)["model"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Claims with seeds, and small weights
 # ---------------------------------------------------------------------------------------------------------------------
 def claims():
@@ -335,8 +378,8 @@ def test_claims_come_from_committed_files():
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| .* \|$", readme.partition("## Do the claims hold?")[2].partition("## Speed")[0], re.M)
     assert len(rows) >= 5 and all(row in page for row in rows)
-    for script, linear, finetuned in re.findall(r"\[`(\w+)\.py`\].*? (\d\d\.\d) / (\d\d\.\d) % \|", readme):
-        run = claims().read(ROOT / "results/claims")[f"all_{script}"][0]
+    for method, linear, finetuned in re.findall(r"\[`(\w+)\.py`\].*? (\d\d\.\d) / (\d\d\.\d) % \|", readme):
+        run = claims().read(ROOT / "results/claims")[f"all_{method}"][0]
         assert (linear, finetuned) == (f"{run['linear']:.1f}", f"{run['finetune']:.1f}")
 
 
@@ -373,9 +416,9 @@ def test_weights(path, folder, tmp_path):
     assert path.stat().st_size < 4e6
     name = path.stem.removesuffix("_cifar10")
     run_finetune("--ckpt", path, "--data", folder, "--mode", "knn", "--output_dir", tmp_path / "knn")
-    script = module(name)
+    method = module(name)
     args = torch.load(path, weights_only=True)["args"]
-    script.main(script.get_args(small_args(
+    method.main(method.get_args(small_args(
         folder, tmp_path / "run", "--epochs", 1, "--init_from", path, "--model", args["model"], "--img_size", 32,
         "--patch_size", 4)))
     if name != "sdae":

@@ -146,6 +146,7 @@ def fill_recipe(args, embed_dim):
     scratch = dict(layer_decay=1.0) if args.ckpt == "none" else {}      # random weights: nothing to preserve
     demo = DEMO["knn" if args.mode == "knn" else kind] if args.demo else {}
     recipe = {**RECIPES[args.recipe, kind, size], **scratch, **demo}
+    args._defaults.update(recipe)
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

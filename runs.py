@@ -45,8 +45,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import common
-from common import (CHUNK, ENCODER_PARTS, IMAGENET_MEAN, GlobalBatches, InputError, channel_statistics, env_number,
-                    eval_batches, inventory, seed_from)
+from common import (CHUNK, ENCODER_PARTS, IMAGENET_MEAN, IMAGENET_STD, GlobalBatches, InputError, channel_statistics,
+                    env_number, eval_batches, inventory, seed_from)
 
 try:
     import fcntl
@@ -54,8 +54,9 @@ except ImportError:     # Windows
     fcntl = None
 
 # What may differ when a run resumes: where and how it computes, and what may save a run that diverged
-MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "output_dir", "save_minutes", "device", "compile",
-              "demo", "amp", "clip_grad", "images", "show", "keep_every"}
+MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "device", "compile", "demo", "amp", "clip_grad",
+              "images", "show", "keep_every"}
+UNSAID = {"output_dir", "save_minutes"}     # may differ without a word
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def parse_args(parser, argv=None, demo=None):
     for name in ("mean", "std"):
         if getattr(args, name) is not None and len(getattr(args, name)) != args.in_chans:
             raise InputError(f"--{name} takes {args.in_chans} numbers, one a channel (--in_chans)")
-    args._defaults = {name: parser.get_default(name) for name in vars(args)}    # for arguments newer than a checkpoint
+    defaults = {name: parser.get_default(name) for name in vars(args)}          # for arguments newer than a checkpoint
+    args._defaults = {**defaults, "mean": [*IMAGENET_MEAN], "std": [*IMAGENET_STD]}     # before these, all was RGB
     return args
 
 
@@ -437,7 +439,7 @@ class Run:
             defaults = {name: value for name, value in self.args._defaults.items() if name in here}
             there = {**defaults, **checkpoint["args"]}
             changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
-                       for name in {**here, **there} if there.get(name) != here.get(name)}
+                       for name in {**here, **there} if there.get(name) != here.get(name) and name not in UNSAID}
         if changed.keys() - MAY_CHANGE:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "
                              f"resume it, or {advice}")
@@ -591,8 +593,10 @@ def tidy_output(output, step, epochs):
     and their numbers are returned. A new run finds the folder empty: an old run's files get a time in their name."""
     log = output / "log.jsonl"
     if step == 0:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for path in (log, *(output / name for name in ("encoder.pt", "result.json", "last.pt"))):
+        while [*output.glob(f"*.{(stamp := time.strftime('%Y%m%d-%H%M%S'))}.*")]:    # a second ago it began, too
+            time.sleep(0.1)
+        kept = output.glob("*-[0-9][0-9][0-9][0-9].pt")                              # --keep_every's
+        for path in (log, *kept, *(output / name for name in ("encoder.pt", "result.json", "last.pt"))):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{stamp}{path.suffix}"))
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []

@@ -611,14 +611,16 @@ def test_two_runs_do_not_share_a_folder(folder, tmp_path, monkeypatch, child):
 
 
 def test_starting_over_loses_nothing(folder, tmp_path, monkeypatch):
-    """An old run's files get the time in their names; also where the user has moved last.pt away."""
-    days = itertools.count(1)
+    """An old run's files get the time in their names; also within a second, and where the user has moved last.pt
+    away."""
+    days = iter("12234")
     monkeypatch.setattr(runs.time, "strftime", lambda form: f"2026010{next(days)}-000000")
     for more in ([], ["--no_resume", "--seed", "1"], ["--no_resume", "--seed", "2"]):
-        train("mae", folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0", *more)
-    names = [f"{name}.2026010{day}-000000" for name in ("encoder", "last", "log") for day in (2, 3)]
-    assert {path.stem for path in tmp_path.iterdir()} == {".lock", "reconstruction", "encoder", "last", "log", *names}
-    assert [read(tmp_path, f"{name}.pt")["args"]["seed"] for name in names[:4]] == [0, 1, 0, 1]
+        train("mae", folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0", "--keep_every", "1", *more)
+    files = ("encoder", "encoder-0001", "last", "log")
+    names = [f"{name}.2026010{day}-000000" for name in files for day in (2, 3)]
+    assert {path.stem for path in tmp_path.iterdir()} == {".lock", "reconstruction", *files, *names}
+    assert [read(tmp_path, f"{name}.pt")["args"]["seed"] for name in names[:6]] == [0, 1, 0, 1, 0, 1]
     log = (tmp_path / "log.jsonl").read_text()
     (tmp_path / "last.pt").unlink()
     train("mae", folder, tmp_path, "--epochs", "1", "--warmup_epochs", "0", "--seed", "3")
@@ -712,9 +714,22 @@ def test_arguments_of_another_run(pretrained, folder, tmp_path, capsys):
     train("mae", folder, tmp_path)
     assert "mask_ratio" not in capsys.readouterr().out
     cut_off("mae", 3, folder, tmp_path / "amp", "--amp", "none")
-    train("mae", folder, tmp_path / "amp", "--amp", "bf16", "--clip_grad", "1")
+    (tmp_path / "amp").rename(tmp_path / "moved")
+    train("mae", folder, tmp_path / "moved", "--amp", "bf16", "--clip_grad", "1", "--save_minutes", "7")
     said = "last.pt: resuming, although it has clip_grad None (now 1.0), amp none (now bf16)\n"
-    assert said in capsys.readouterr().out and read(tmp_path / "amp")["step"] == 6
+    assert said in capsys.readouterr().out and read(tmp_path / "moved")["step"] == 6
+
+
+@pytest.mark.parametrize("name, newer, given", [
+    ("mae", ["in_chans", "mean", "std", "show"], ["--mean", *"111"]), ("finetune", ["beta2"], ["--beta2", "0.5"])])
+def test_arguments_set_later_are_no_change(name, newer, given, folder, tmp_path, capsys):
+    """A run from before there was --mean, or an argument whose default is the recipe's, resumes without a word."""
+    cut_off(name, 4, folder, tmp_path)
+    last = read(tmp_path)
+    torch.save({**last, "args": {key: last["args"][key] for key in last["args"].keys() - newer}}, tmp_path / "last.pt")
+    refused(rf"another run: {given[0][2:]} .* \(now", name, folder, tmp_path, *given)
+    train(name, folder, tmp_path)
+    assert "although" not in capsys.readouterr().out and read(tmp_path)["step"] == 6
 
 
 def test_code_that_has_changed(folder, tmp_path, capsys):

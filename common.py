@@ -26,10 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:     # torchvision means to drop it: Pillow, a fifth slower, reads the same pixels
-    decode_jpeg = None
+decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)      # to be dropped; Pillow, a fifth slower, reads the same
 
 
 class InputError(ValueError):
@@ -210,18 +207,6 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def forward_maps(self, imgs, taps):
-        """Images (N, C, H, W) to what comes out of the blocks `taps`, counted from 0, without the last norm: a list of
-        maps (N, D, rows, columns), shallow to deep."""
-        x = self.patch_embed(imgs)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        maps = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in taps:
-                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, self.grid_size))
-        return maps
-
     def features(self, imgs, pool="cls"):
         """One vector an image, (N, D): the cls token, or the mean of the patch tokens (`pool="avg"`)."""
         x = self.forward_features(imgs)
@@ -266,8 +251,7 @@ def load_dataset(data, split, data_root="data", in_chans=3):
     if not os.path.isdir(data):
         raise InputError(f"no data at '{data}': it is no folder, and no data set's name (shapes, "
                          f"{', '.join(TORCHVISION_DATASETS)})")
-    train, val = os.path.join(data, "train"), os.path.join(data, "val")
-    root = data
+    root, train, val = data, os.path.join(data, "train"), os.path.join(data, "val")
     if split == "val":
         root = val
         if not os.path.isdir(val):
@@ -286,9 +270,8 @@ def once_per_machine(make):
     if not dist.is_initialized() or local_size == 1:
         return make()
     group, _ = dist.new_subgroups(local_size, backend="gloo")
-    first = dist.get_rank() - env_number("LOCAL_RANK", 0)
-    found = [make() if dist.get_rank() == first else None]
-    dist.broadcast_object_list(found, first, group, device=torch.device("cpu"))
+    found = [make() if group.rank() == 0 else None]
+    dist.broadcast_object_list(found, group=group, group_src=0, device=torch.device("cpu"))
     dist.destroy_process_group(group)
     return found[0]
 
@@ -305,8 +288,7 @@ def load_image(path, in_chans=3):
             return array_to_image(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
         if in_chans == 3 and decode_jpeg and data[:2] == b"\xff\xd8":      # libjpeg, as Pillow, without its detours
             with contextlib.suppress(RuntimeError):         # CMYK, say, or broken: for Pillow to judge
-                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB,
-                                   apply_exif_orientation=True)
+                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), "RGB", apply_exif_orientation=True)
         with Image.open(io.BytesIO(data)) as img:
             turn = UPRIGHT.get(exif_orientation(img))
             if in_chans == 1:

@@ -409,6 +409,18 @@ class Segmenter(ViT):
         self.blocks.train(mode and not self.frozen)
         return self
 
+    def forward_maps(self, imgs, taps):
+        """Images (N, C, H, W) to what comes out of the blocks `taps`, counted from 0, without the last norm: a list of
+        maps (N, D, rows, columns), shallow to deep."""
+        x = self.patch_embed(imgs)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in taps:
+                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, self.grid_size))
+        return maps
+
     def forward(self, imgs):
         maps = self.forward_maps(imgs, self.taps)
         if len(maps) == 1:

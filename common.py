@@ -375,11 +375,13 @@ class FolderDataset(Dataset):
         tell = env_number("RANK", 0) == 0
         if tell:
             print(f"listing {root} …", flush=True)
-        files = self.list_files(IMG_EXTENSIONS) if in_chans in (1, 3) else []
+        extensions = IMG_EXTENSIONS if in_chans in (1, 3) else ()
+        files = extensions and self.list_files(extensions)
         self.arrays = not files
         files = files or self.list_files((".npy",))
         if not files:
-            raise InputError(f"no image below '{root}' (looked for {' '.join(IMG_EXTENSIONS)} .npy)")
+            raise InputError(f"no image of {in_chans} channel(s) below '{root}' (looked for "
+                             f"{' '.join((*extensions, '.npy'))})")
         tops = [os.path.relpath(folder, root).split(os.sep)[0] for folder, _ in files]      # "." for root itself
         self.stray = min((os.fsdecode(paths[0]) for top, (_, paths) in zip(tops, files) if top == "."), default=None)
         self.classes = sorted(set(tops)) if self.stray is None else None
@@ -715,13 +717,16 @@ def denormalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 def channel_statistics(crops, number=1000):
     """Mean and standard deviation of each channel, two lists: ImageNet's for RGB files, else measured on so many crops,
-    bytes in [0, 1]."""
+    bytes in [0, 1]: to six digits, as a resumed run must find the same. A constant channel's deviation is 1."""
     if getattr(crops.source, "in_chans", 3) == 3 and not getattr(crops.source, "arrays", False):
         return [*IMAGENET_MEAN], [*IMAGENET_STD]
     generator = torch.Generator().manual_seed(seed_from(crops.seed))
-    chosen = torch.randperm(len(crops), generator=generator)[:number].tolist()
-    imgs = [crops[0, index][0] for index in chosen]
-    imgs = [img.double() / (255 if img.dtype == torch.uint8 else 1) for img in imgs]
-    mean = sum(img.mean(dim=(1, 2)) for img in imgs) / len(imgs)
-    var = sum((img - mean[:, None, None]).square().mean(dim=(1, 2)) for img in imgs) / len(imgs)
-    return mean.tolist(), var.sqrt().clamp(min=1e-6).tolist()
+    moments = []
+    for index in torch.randperm(len(crops), generator=generator)[:number].tolist():
+        img, _, _ = crops[0, index]
+        img = img.double() / (255 if img.dtype == torch.uint8 else 1)
+        moments.append(torch.stack([img.mean(dim=(1, 2)), img.square().mean(dim=(1, 2))]))
+    mean, square = sum(moments) / len(moments)
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    std = std.where(std > 1e-5 * mean.abs(), 1.0)
+    return tuple([float(f"{x:g}") for x in numbers.tolist()] for numbers in (mean, std))

@@ -108,9 +108,6 @@ def parse_args(parser, argv=None, demo=None):
     if "--demo" in argv:
         parser.set_defaults(**(demo or {}))
     args = parser.parse_args(argv)
-    for name in ("mean", "std"):
-        if getattr(args, name) is not None and len(getattr(args, name)) != args.in_chans:
-            raise InputError(f"--{name} takes {args.in_chans} numbers, one a channel (--in_chans)")
     defaults = {name: parser.get_default(name) for name in vars(args)}          # for arguments newer than a checkpoint
     args._defaults = {**defaults, "mean": [*IMAGENET_MEAN], "std": [*IMAGENET_STD]}     # before these, all was RGB
     return args
@@ -184,13 +181,17 @@ class Run:
 
     def channels(self, crops):
         """Mean and standard deviation of each channel, for `normalize`: as given, or else ImageNet's or measured. They
-        are part of the run from then on."""
+        are part of the run from then on. Raises InputError where arguments suit another number of channels."""
         args = self.args
+        check_show(args.show, args.in_chans)
+        for name, given in (("mean", args.mean), ("std", args.std)):
+            if given and len(given) != args.in_chans:
+                raise InputError(f"--{name} takes {args.in_chans} numbers, one a channel")
         if not (args.mean and args.std):
             mean, std = channel_statistics(crops)
             args.mean, args.std = args.mean or mean, args.std or std
             if mean != [*IMAGENET_MEAN]:
-                mean, std = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (args.mean, args.std))
+                mean, std = (" ".join(f"{x:g}" for x in numbers) for numbers in (args.mean, args.std))
                 self.say(f"channels, measured: --mean {mean} --std {std}")
         return args.mean, args.std
 
@@ -619,17 +620,28 @@ def append(line, path):
         os.fsync(file.fileno())
 
 
+def check_show(show, in_chans):
+    """Raises InputError where images lack a channel to be shown."""
+    if max(show) >= in_chans >= 3:
+        raise InputError(f"--show {' '.join(map(str, show))}: images have the channels 0 to {in_chans - 1}")
+
+
+def to_rgb(imgs, originals, show):
+    """Images (N, C, H, W) as (N, 3, H, W): the channels `show`, or the first as grey; RGB also beside originals with
+    other channels. Where the originals' values leave [0, 1], their 1st to 99th percentile is shown."""
+    channels = originals.shape[1]
+    if imgs.shape[1] != channels:
+        return imgs
+    if originals.min() < -1e-3 or originals.max() > 1.001:                                      # no bytes
+        low, high = torch.from_numpy(np.quantile(originals, [0.01, 0.99], axis=(0, 2, 3), keepdims=True)).float()
+        imgs = (imgs - low) / (high - low).clamp(min=1e-12)
+    return imgs[:, [*show] if channels >= 3 else [0, 0, 0]]
+
+
 def save_picture(rows, path, show=(0, 1, 2)):
-    """One PNG: a row of the grid for each of `rows`, images (N, C, H, W): the channels `show`, or the first as grey; a
-    row may be RGB instead. If the first row's values leave [0, 1], its 1st to 99th percentile is shown."""
-    rows, channels = [row.float().cpu() for row in rows], rows[0].shape[1]
-    low, high = torch.from_numpy(np.quantile(rows[0], [0.01, 0.99], axis=(0, 2, 3), keepdims=True)).float()
-    stretch = rows[0].min() < -1e-3 or rows[0].max() > 1.001                                    # no bytes
-    for i, row in enumerate(rows):
-        if row.shape[1] == channels:
-            row = (row - low) / (high - low) if stretch else row
-            rows[i] = row[:, [*show] if channels >= 3 else [0, 0, 0]]
-    imgs = torch.cat(rows).clamp(0, 1)
+    """One PNG: a row of the grid for each of `rows`, images as for `to_rgb`, the first the originals."""
+    rows = [row.float().cpu() for row in rows]
+    imgs = torch.cat([to_rgb(row, rows[0], show) for row in rows]).clamp(0, 1)
     save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
 
 

@@ -1366,6 +1366,9 @@ mae --crop_scale 0.2: --crop_scale: expected 2 arguments
 mae --data nowhere: no data at 'nowhere'
 mae --data shapes --in_chans 4: 'shapes' has RGB images, and in_chans is 4
 mae --mean 0.5: --mean takes 3 numbers, one a channel
+finetune --std 0.5: --std takes 3 numbers, one a channel
+mae --show 0 1 3: --show 0 1 3: images have the channels 0 to 2
+mae --in_chans 4: no image of 4 channel(s)
 mae --init_from nothing.pt: no checkpoint at 'nothing.pt'
 mae --patch_size 64: is not a whole number of patches of 64
 mae --decoder_embed_dim 34: a width of 34 must be divisible by 4

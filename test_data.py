@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 import common
 import finetune
 import runs
+import visualize
 from common import InputError
 from conftest import SCRIPTS, module, photo, small_args
 
@@ -125,6 +126,8 @@ def test_other_channels(in_chans, dtype, tmp_path, capsys):
     assert "already finished" in capsys.readouterr().out
     words = ["--ckpt", tmp_path / "mae/encoder.pt", "--data", data, "--epochs", "2",
              "--warmup_epochs", "1", "--batch_size", "16", "--num_workers", "0", "--mode"]
+    visualize.main(visualize.get_args(["seeds", "--ckpt", str(tmp_path / "mae/last.pt"), "--images", str(data),
+                                       "--show", "1", "0", "1", "--output", str(tmp_path / "seeds.png")]))
     for mode in ("linear", "finetune", "knn"):
         args = finetune.get_args([*map(str, words), mode, "--output_dir", str(tmp_path / mode)])
         assert finetune.main(args)["images"] == 32
@@ -132,6 +135,18 @@ def test_other_channels(in_chans, dtype, tmp_path, capsys):
     vit = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2,
                             in_chans=in_chans, num_classes=0)
     vit.load_state_dict(torch.load(tmp_path / "mae/encoder.pt", weights_only=True)["model"])
+
+
+def test_statistics_of_channels(tmp_path):
+    """Those of all pixels, to the six digits that are printed; a constant channel is only shifted."""
+    values = 1000 + 3 * np.random.default_rng(0).standard_normal((5, 16, 16, 2))
+    values[..., 1] = 12345.678
+    for i, array in enumerate(values):
+        np.save(tmp_path / f"{i}.npy", array)
+    crops = common.Crops(common.FolderDataset(tmp_path, in_chans=2), lambda img: img)
+    mean, std = common.channel_statistics(crops)
+    assert mean == [float(f"{values[..., 0].mean():g}"), 12345.7]
+    assert std == [float(f"{values[..., 0].std():g}"), 1]
 
 
 def test_greyscale_files_of_sixteen_bits(tmp_path):

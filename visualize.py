@@ -31,7 +31,7 @@ from common import (IMAGENET_MEAN, IMAGENET_STD, TORCHVISION_DATASETS, InputErro
 from efficient_mae import p2dist_approximate
 from finetune import load_encoder
 from mae import mean_and_std, patchify, random_masking, unpatchify
-from runs import check_alike, launch, load, number, reading
+from runs import check_alike, check_show, launch, load, number, reading, to_rgb
 
 
 def get_args(argv=None):
@@ -44,6 +44,7 @@ def get_args(argv=None):
                         help="files, folders, data sets by name; where there is a validation part, its images")
     parser.add_argument("--data_root", default="data", help="where data sets given by name are")
     parser.add_argument("--number", type=number(int, "[1, 10000]"), default=4, help="images of a folder or set")
+    parser.add_argument("--show", type=number(int, "[0, 1023]"), nargs=3, default=[0, 1, 2], help="channels drawn")
     parser.add_argument("--seeds", type=number(int, "[0, 4294967296)"), nargs="+", default=[0, 1, 2], help="of masks")
     parser.add_argument("--mask_ratio", type=number(float, "(0, 1)"), nargs="+", help="seeds, difficulty (the first), "
                         "distances: share of patches removed (default: as trained; distances 0.75 0.85 0.9)")
@@ -120,15 +121,6 @@ def load_images(sources, number, img_size, data_root="data", in_chans=3):
         else:
             raise InputError(f"no image, folder or data set '{source}'")
     return torch.stack([eval_transform(img_size)(img) for img in found])
-
-
-def rgb(imgs, raw):
-    """Images (N, C, H, W) as they can be drawn, (N, 3, H, W): the first three channels, or the first as grey; `raw` are
-    the images as loaded, of which all but bytes are shown from their 1st to 99th percentile."""
-    if raw.dtype != torch.uint8:
-        low, high = torch.from_numpy(np.quantile(raw, [0.01, 0.99], axis=(0, 2, 3), keepdims=True)).float()
-        imgs = (imgs - low) / (high - low)
-    return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -242,14 +234,16 @@ def plot(path, lines, x, y, style="-"):
 def seeds(args):
     """One image under several masks: what is seen above, what is predicted below, and how far predictions differ."""
     model = load_pixel_model(args.ckpt)
-    raw = load_images(args.images, args.number, model_size(model), args.data_root, model.in_chans)
-    imgs, rows, titles, pictures, predictions = normalize(raw, *model.channels), [], ["original"], [], []
+    check_show(args.show, model.in_chans)
+    imgs = load_images(args.images, args.number, model_size(model), args.data_root, model.in_chans)
+    imgs, rows, titles, pictures, predictions = normalize(imgs, *model.channels), [], ["original"], [], []
     for ratio, seed in itertools.product(args.mask_ratio or [None], args.seeds):
         if ratio is not None:
             set_mask_ratio(model, ratio)
         predictions.append(predict(model, imgs, seed))
         torch.manual_seed(seed)
-        pictures.append([rgb(row, raw) for row in model.picture(imgs, *model.channels)])    # the masks of `predict`
+        picture = model.picture(imgs, *model.channels)                                   # under the masks of `predict`
+        pictures.append([to_rgb(row, picture[0], args.show) for row in picture])
         titles.append(f"seed {seed}" if ratio is None else f"{ratio:g}, seed {seed}")
     apart = disagreement(predictions)
     high = apart.nan_to_num(0.0).max().item()
@@ -271,14 +265,14 @@ def seeds(args):
 def attention(args):
     """Each head's attention from the cls token, and their mean."""
     weights, vit, (mean, std), _ = load_encoder(args.ckpt)
-    model = ViT(**vit)
+    model, channels = ViT(**vit), (mean or IMAGENET_MEAN, std or IMAGENET_STD)
     model.load_state_dict(weights)
-    raw = load_images(args.images, args.number, vit["img_size"], args.data_root, model.in_chans)
-    channels = (mean or IMAGENET_MEAN, std or IMAGENET_STD)
-    imgs = normalize(raw, *channels)
-    maps = cls_attention(model.eval(), imgs)                                             # (N, heads, L)
+    check_show(args.show, model.in_chans)
+    imgs = load_images(args.images, args.number, vit["img_size"], args.data_root, model.in_chans)
+    imgs = normalize(imgs, *channels)
+    maps, original = cls_attention(model.eval(), imgs), denormalize(imgs, *channels)     # (N, heads, L), (N, C, H, W)
     rows = [[img, heat(each.mean(dim=0), model.grid_size), *(heat(head, model.grid_size) for head in each)]
-            for img, each in zip(rgb(denormalize(imgs, *channels), raw), maps)]
+            for img, each in zip(to_rgb(original, original, args.show), maps)]
     draw(rows, ["image", "mean", "head 0", *map(str, range(1, maps.shape[1]))],
          f"Attention of the cls token to the patches in the last block: the mean of its {maps.shape[1]} heads, and "
          "each head, from the least (dark) to the most (bright) of each map.", args.output)
@@ -300,12 +294,14 @@ def difficulty(args):
     model = load_pixel_model(args.ckpt)
     if args.mask_ratio:
         set_mask_ratio(model, args.mask_ratio[0])
-    raw, many = (load_images(args.images, number, model_size(model), args.data_root, model.in_chans)
+    check_show(args.show, model.in_chans)
+    imgs, many = (load_images(args.images, number, model_size(model), args.data_root, model.in_chans)
                  for number in (args.number, max(64, args.number)))
-    imgs = normalize(raw, *model.channels)
+    imgs = normalize(imgs, *model.channels)
     distance, loss, mask = patch_losses(model, imgs, args.seeds[0])
     visible = unpatchify(patchify(imgs, model.patch_size) * (1 - mask[:, :, None]), model.patch_size, model.grid_size)
-    original, masked = (rgb(denormalize(x, *model.channels), raw) for x in (imgs, visible))
+    original, masked = (denormalize(x, *model.channels) for x in (imgs, visible))
+    original, masked = (to_rgb(x, original, args.show) for x in (original, masked))
     high = torch.nanquantile(loss, 0.98).item()
     rows = [[original[i], masked[i], heat(distance[i], model.grid_size, 0), heat(loss[i], model.grid_size, 0, high)]
             for i in range(len(imgs))]

@@ -572,8 +572,10 @@ def train(run, model, train_set, val_crops, channels, encoder, args):
     """Trains what is not frozen; returns the last epoch's top-1 and top-5 in %, and the number of validation images."""
     device, dtype, regularise, num_classes = run.device, run.dtype, args.mode != "linear", len(train_set.classes)
     transform = train_transform(args.img_size, args.crop_scale)
-    if args.in_chans != 3 or getattr(train_set, "arrays", False):
-        args.rand_augment = False       # it is made for RGB files
+    rgb_files = args.in_chans == 3 and not getattr(train_set, "arrays", False)
+    if regularise and args.rand_augment and not rgb_files:
+        run.say("no RandAugment, which is made for RGB files")
+    args.rand_augment = args.rand_augment and rgb_files
     if regularise and args.rand_augment:
         transform = v2.Compose([transform, v2.ToPILImage(), rand_augment, v2.PILToTensor()])
     crops = Crops(train_set, transform, args.seed, args.skip_bad)

@@ -131,6 +131,7 @@ def test_other_channels(in_chans, dtype, tmp_path, capsys):
     for mode in ("linear", "finetune", "knn"):
         args = finetune.get_args([*map(str, words), mode, "--output_dir", str(tmp_path / mode)])
         assert finetune.main(args)["images"] == 32
+        assert ("no RandAugment" in capsys.readouterr().out) == (mode == "finetune")
     timm = pytest.importorskip("timm")
     vit = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2,
                             in_chans=in_chans, num_classes=0)

@@ -124,7 +124,7 @@ def launch(main, get_args):
         if text is None:
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)               # what the first process meets as well, it says alone: torchrun ends this one
+            time.sleep(10)              # what the first process meets as well, it says alone: torchrun ends this one
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)     # clears the bar
     except SystemExit as stop:
         code = stop.code

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
@@ -290,14 +290,15 @@ def load_image(path, in_chans=3):
             with contextlib.suppress(RuntimeError):         # CMYK, say, or broken: for Pillow to judge
                 return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), "RGB", apply_exif_orientation=True)
         with Image.open(io.BytesIO(data)) as img:
-            turn = UPRIGHT.get(exif_orientation(img))
+            with contextlib.suppress(Exception):            # broken EXIF data
+                ImageOps.exif_transpose(img, in_place=True)
             if in_chans == 1:
                 img = img.convert("L") if img.mode in ("1", "P") else img
             elif img.mode[0] in "IF":   # a plain conversion clamps these to 255: an image all white
                 raise ValueError(f"more than 8 bits a pixel (mode {img.mode}): only in_chans 1 reads such files")
             elif img.mode != "RGB" or "transparency" in img.info:
                 img = (img.convert("RGBA") if "transparency" in img.info else img).convert("RGB")
-            return array_to_image(np.array(img if turn is None else img.transpose(turn)), in_chans)
+            return array_to_image(np.array(img), in_chans)
     except Exception as error:      # what is raised depends on what is wrong; Pillow's has an address in it
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else repr(error)
         raise InputError(f"{str(path)!r} cannot be used as an image: {reason}") from error
@@ -326,19 +327,6 @@ def array_to_image(array, in_chans):
     if not np.isfinite(array).all():
         raise ValueError("an array with NaN or infinity")
     return torch.from_numpy(array).permute(2, 0, 1)
-
-
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
-
-
-def exif_orientation(img):
-    """The EXIF tag; None without one, or where the EXIF data is broken (Pillow's exif_transpose would raise there)."""
-    try:
-        return img.getexif().get(0x0112)
-    except Exception:
-        return None
 
 
 def refuse(error):

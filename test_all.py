@@ -1278,7 +1278,7 @@ def test_folders(folder, tmp_path, monkeypatch):
     put("named/val/train/0.png")
     assert len(load(tmp_path / "named")) == 1
     (tmp_path / "empty").mkdir()
-    for name, split, message in (("flat", "val", "no folder val/"), ("empty", "train", "no image below"),
+    for name, split, message in (("flat", "val", "no folder val/"), ("empty", "train", "no image of 3 channel"),
                                  ("nowhere", "val", "no data at")):
         with pytest.raises(InputError, match=message):
             load(tmp_path / name, split)

@@ -121,35 +121,38 @@ class CocoFolder(Dataset):
         try:
             with open(path) as file:
                 content = json.load(file)
-            self.coco, self.dropped = check_coco(content)
+            coco, self.dropped = check_coco(content)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"'{path}' is no JSON file in COCO's format: {error!r}") from error
         if not os.path.isdir(self.folder):
             raise InputError(f"no folder '{self.folder}' for the images of '{path}'")
         self.categories = {c["id"]: i for i, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]), 1)}
-        self.classes = [self.coco.cats[number]["name"] for number in self.categories]
-        self.has_masks = all(a.get("segmentation") for a in self.coco.anns.values())
-        self.ids, self.crowds, self.in_chans = sorted(self.coco.imgs), crowds, in_chans
-        self.root = os.fsencode(self.folder)
-        names = [os.path.join(self.folder, self.coco.imgs[i]["file_name"]) for i in self.ids]
+        self.classes = [coco.cats[number]["name"] for number in self.categories]
+        self.has_masks = all(a.get("segmentation") for a in coco.anns.values())
+        self.ids, self.in_chans, self.root = sorted(coco.imgs), in_chans, os.fsencode(self.folder)
+        names = [os.path.join(self.folder, coco.imgs[i]["file_name"]) for i in self.ids]
         self.paths = np.array([os.fsencode(name) for name in names])
+        self.coco = coco if crowds else None        # what evaluation compares with
+        # Each image and its annotations as text, in one array: workers share it, and would each copy Python's objects
+        texts = [json.dumps([coco.imgs[i], [a for a in coco.imgToAnns[i] if crowds or not a["iscrowd"]]]).encode()
+                 for i in self.ids]
+        self.ends, self.texts = np.cumsum([0, *map(len, texts)]), np.frombuffer(b"".join(texts), np.uint8)
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
-        info = self.coco.imgs[self.ids[index]]
+        info, anns = json.loads(self.texts[self.ends[index]:self.ends[index + 1]].tobytes())
         img, size = load_image(os.fsdecode(self.paths[index]), self.in_chans), (info["height"], info["width"])
         if img.shape[1:] != size:
             raise InputError(f"{os.fsdecode(self.paths[index])!r} has {img.shape[2]}×{img.shape[1]} pixels, and in the "
                              f"annotations {size[1]}×{size[0]}")
-        anns = [a for a in self.coco.imgToAnns[info["id"]] if self.crowds or not a.get("iscrowd")]
         boxes = torch.tensor([a["bbox"] for a in anns], dtype=torch.float32).view(-1, 4)
         target = {"boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
                   "labels": torch.tensor([self.categories[a["category_id"]] for a in anns], dtype=torch.int64),
                   "image_id": info["id"]}
         if self.has_masks:
-            masks = [torch.from_numpy(self.coco.annToMask(a)) for a in anns]
+            masks = [decode_mask(a["segmentation"], *size) for a in anns]
             target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
         return (img, target), None
 
@@ -213,6 +216,14 @@ def encode_mask(mask):
     """A mask (H, W) as COCO's run lengths."""
     code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def decode_mask(segmentation, height, width):
+    """A mask (height, width) uint8 from what COCO writes: polygons, or run lengths, as numbers or packed."""
+    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    code = coco_mask.merge(segmentation) if isinstance(segmentation, list) else segmentation
+    return torch.from_numpy(coco_mask.decode(code))
 
 
 def boxes_of(masks):

@@ -129,7 +129,7 @@ def go(name, seed, args):
     if all_images and args.scale == "cpu":
         checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         checkpoint["args"] = {k: v for k, v in checkpoint["args"].items() if k not in ("data", "output_dir", "device")}
-        checkpoint["model"] = {key: value.half() for key, value in checkpoint["model"].items()}
+        checkpoint["model"] = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["model"].items()}
         torch.save({key: checkpoint[key] for key in ("method", "args", "model")}, weights)
     result.write_text(json.dumps(found) + "\n")
     print(name, seed, found["linear"], found["knn"], flush=True)
@@ -144,6 +144,7 @@ def agreement(checkpoint, images):
     pred, mask = predictions[0]
     others = visualize.disagreement([(pred, mask), (pred.roll(1, 0), mask.roll(1, 0))])
     return (visualize.disagreement(predictions).nanmean() / others.nanmean()).item()
+
 
 def read(results):
     """What the files hold, {row: {seed: contents}}: the rows of the plan, then those that are no longer in it."""
@@ -202,28 +203,26 @@ def row_of(runs):
     common = tuple(SCALES["cpu"]["size"].removeprefix("--").split(" --"))
     common += ("batch_size", "blr", "crop_scale", "epochs", "warmup_epochs", "seed", "momentum")
     command = " --".join([script, *(flag for flag in flags if not flag.startswith(common))])
-
-    def of(key):
-        return [run[key] for run in runs.values() if key in run]
-    minutes = [sum(line["seconds"] for line in log) / 60 for log in of("log")]
-    cells = [f"`{command}`", str(len(first.get("log", ""))), str(len(runs)), show(of("linear")), show(of("knn")),
-             show(of("finetune")), show(of("masks"), 2), show(minutes, 0)]
+    values = {key: [run[key] for run in runs.values() if key in run] for key in ("linear", "knn", "finetune", "masks")}
+    minutes = [sum(line["seconds"] for line in run.get("log", [])) / 60 for run in runs.values()]
+    cells = [f"`{command}`", str(len(first.get("log", []))), str(len(runs)),
+             *(show(of, 2 if key == "masks" else 1) for key, of in values.items()), show(minutes, 0)]
     return f"| {' | '.join(cells)} |"
 
 
 def page(results):
     """The text of claims.md."""
     found, s = read(results), SCALES["cpu" if results.name == "claims" else "gpu"]
-    deviation, df, number = residual(found)
-    compared = compare(found)
+    (deviation, df, number), compared = residual(found), compare(found)
     count = sum(entry is not None for entry in compared)
     lines = [
         "# Do the papers' claims hold? CIFAR-10, three seeds", "",
         f"`{s['size']}`, batch {s['batch']}, blr {s['blr']:g}, crops of 0.2 to 1 of the area. Top-1 in % on the 10,000 "
         f"test images, trained on the labels of 10,000: a linear probe (`{s['linear']}`) and k-NN (k = 20) on the mean "
         f"of the patch tokens, and fine-tuning (`{s['finetune']}`). *Masks*: how far predictions of a patch are apart "
-        "under two masks, over how far those of two images are. Minutes are pre-training's, beside other runs. Each "
-        f"run's command, commit and log: [`{results.name}/`]({results.name}).", "",
+        "under two masks, over how far those of two images are. Minutes are pre-training's, beside other runs, on "
+        "[several machines](README.md#machines-and-commits), in bf16 where the CPU has it. Each run's command, commit "
+        f"and log: [`{results.name}/`]({results.name}).", "",
         f"**The test.** A linear probe varies by s = {deviation:.2f} points about rows + seeds, over the {number} rows "
         f"that have three seeds ({df} degrees of freedom). A difference over n pairs of seeds *shows* if it exceeds "
         f"t₀.₉₇₅ · s · √(2/n), that is, if p < 0.05. Of {count} comparisons one in twenty shows by chance: the table "

@@ -179,7 +179,7 @@ def compare(found):
         compared.append([len(seeds), a, b, least, p] if seeds else None)
     order = sorted(filter(None, compared), key=lambda entry: entry[4])
     for i, entry in enumerate(order):
-        entry.append(entry[4] < 0.05 / (len(order) - i) and (i == 0 or order[i - 1][5]))
+        entry.append(bool(entry[4] < 0.05 / (len(order) - i)) and (i == 0 or order[i - 1][5]))
     return compared
 
 
@@ -187,7 +187,7 @@ def verdict(claim, a, b, least, holm):
     if abs(a - b) <= least:
         return "no difference shows"
     words = ("lower", "higher") if "≈" in claim or "against" in claim else ("reversed", "yes")
-    return words[a > b] + ", after Holm, too" * holm
+    return words[int(a > b)] + ", after Holm, too" * holm
 
 
 def show(values, digits=1):

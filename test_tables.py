@@ -411,7 +411,7 @@ def test_a_difference_shows_as_in_the_books():
     for (claim, *_), (_, a, b, least, p, holm) in zip(claims().CLAIMS, compared):
         word = "higher lower" if "≈" in claim or "against" in claim else "yes reversed"
         word = word.split()[int(a < b)] if p < 0.05 else "no difference shows"
-        assert claims().verdict(claim, a, b, least, holm) == word + ", after Holm, too" * (holm and p < 0.05)
+        assert claims().verdict(claim, a, b, least, holm) == word + ", after Holm, too" * bool(holm and p < 0.05)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.pt")), ids=lambda path: path.stem)

@@ -414,18 +414,22 @@ def test_a_difference_shows_as_in_the_books():
         assert claims().verdict(claim, a, b, least, holm) == word + ", after Holm, too" * bool(holm and p < 0.05)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.pt")), ids=lambda path: path.stem)
-def test_weights(path, folder, tmp_path):
-    """Small, named in the card by their hash (test above), and taken by --ckpt, --init_from and visualize.py."""
-    assert path.stat().st_size < 4e6
-    name = path.stem.removesuffix("_cifar10")
-    run_finetune("--ckpt", path, "--data", folder, "--mode", "knn", "--output_dir", tmp_path / "knn")
+@pytest.mark.parametrize("name", ["mae", "emae", "efficient_mae", "robust_mae", "sdae"])
+def test_small_weights(name, folder, tmp_path):
+    """A whole model in float16 is taken by --ckpt, --init_from and, where it predicts pixels, visualize.py; and so are
+    those of weights/, whose hashes are in their card (above)."""
     method = module(name)
-    args = torch.load(path, weights_only=True)["args"]
-    method.main(method.get_args(small_args(
-        folder, tmp_path / "run", "--epochs", 1, "--init_from", path, "--model", args["model"], "--img_size", 32,
-        "--patch_size", 4)))
-    if name != "sdae":
-        visualize = module("visualize")
-        visualize.main(visualize.get_args(["seeds", "--ckpt", str(path), "--images", str(folder), "--output",
-                                           str(tmp_path / "seeds.png")]))
+    method.main(method.get_args(small_args(folder, tmp_path / "run")))
+    claims().save_weights(tmp_path / "run/last.pt", tmp_path / f"{name}.pt")
+    for path in (tmp_path / f"{name}.pt", *(ROOT / "weights").glob(f"{name}_*.pt")):
+        assert path.stat().st_size < 4e6
+        args = torch.load(path, weights_only=True)["args"]
+        run_finetune("--ckpt", path, "--data", folder, "--mode", "knn", "--output_dir", tmp_path / "knn")
+        own = [] if path.parent == tmp_path else [
+            word for flag in ("model", "img_size", "patch_size", "decoder_embed_dim", "decoder_depth")
+            for word in (f"--{flag}", *np.ravel(args[flag]).tolist())]
+        method.main(method.get_args(small_args(folder, tmp_path / path.stem, "--init_from", path, *own)))
+        if name != "sdae":
+            visualize = module("visualize")
+            visualize.main(visualize.get_args(["seeds", "--ckpt", str(path), "--images", str(folder), "--output",
+                                               str(tmp_path / "seeds.png")]))

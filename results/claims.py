@@ -3,10 +3,9 @@
     python results/claims.py --data DIR --runs SCRATCH      # runs what is missing; the same command goes on
     python results/claims.py                                # only the pages, from the files that are there
 
-DIR holds CIFAR-10, train/CLASS/*.jpg and val/CLASS/*.jpg; SCRATCH takes checkpoints. A run's command, log and results
-go to results/claims/NAME_seedN.json. From these files alone come results/claims.md, its plots and weights/'s
-card. `--scale gpu` has a larger model, larger batches and five times the epochs. `--checkout CLONE` runs the scripts of
-a clone that nobody edits. `timeout -s INT 540` before the command ends it in time: what runs then saves.
+DIR holds CIFAR-10, train/CLASS/*.jpg and val/CLASS/*.jpg; SCRATCH takes checkpoints. Each run's command, log and
+results go to results/claims/NAME_seedN.json; from these come claims.md, its plots and the card of weights/. Run it in
+a clone that nobody edits; `timeout -s INT 540` saves what runs. `--scale gpu`: larger model and batch, longer runs.
 
 All rows share encoder, decoder, order of the images, crops (MAE's, for Robust MAE too), batch, rate and probe, which
 were chosen for MAE alone (results/negative.md). What is a method's own has its paper's value, or the flags in the
@@ -113,12 +112,12 @@ def go(name, seed, args):
     def call(words, data, output):
         words = [*words, "--data", data, "--seed", seed, "--output_dir", output, *scale["machine"].split()]
         with open(folder / "out.txt", "a") as file:
-            subprocess.run([sys.executable, *map(str, words)], cwd=args.checkout, stdout=file, stderr=file, check=True,
+            subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=file, check=True,
                            env={**os.environ, **({} if args.scale == "gpu" else {"OMP_NUM_THREADS": "1"})})
     words = words_of(args.scale, name)
     call(words, args.data if all_images else few, folder)
     found = {"command": f"{' '.join(words)} --seed {seed}", "commit": subprocess.check_output(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=args.checkout, text=True).strip()}
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()}
     for mode in ("knn", "linear", "finetune")[:2 + all_images]:         # with the labels of the 10,000 images
         flags = f"--mode {mode} {scale.get(mode, '')} {'--pool avg' if mode != 'finetune' else ''}"
         call(["finetune.py", *flags.split(), "--ckpt", folder / "encoder.pt"], few, folder / mode)
@@ -127,12 +126,17 @@ def go(name, seed, args):
     if name in ("mae", "mae_8ep", "all_mae") or "emae" in name:
         found["masks"] = agreement(folder / "last.pt", args.data / "val")
     if all_images and args.scale == "cpu":
-        checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-        checkpoint["args"] = {k: v for k, v in checkpoint["args"].items() if k not in ("data", "output_dir", "device")}
-        checkpoint["model"] = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["model"].items()}
-        torch.save({key: checkpoint[key] for key in ("method", "args", "model")}, weights)
+        save_weights(folder / "last.pt", weights)
     result.write_text(json.dumps(found) + "\n")
     print(name, seed, found["linear"], found["knn"], flush=True)
+
+
+def save_weights(last, path):
+    """The whole model of a last.pt in float16, with what --ckpt, --init_from and visualize.py need."""
+    checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+    args = {k: v for k, v in checkpoint["args"].items() if k not in ("data", "output_dir", "device")}
+    model = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["model"].items()}
+    torch.save({"method": checkpoint["method"], "args": args, "model": model}, path)
 
 
 def agreement(checkpoint, images):
@@ -228,7 +232,7 @@ def page(results):
         f"t₀.₉₇₅ · s · √(2/n), that is, if p < 0.05. Of {count} comparisons one in twenty shows by chance: the table "
         "says which show after Holm's correction, too. The papers' figures are ImageNet's.", "",
         "| claim | the paper, % | here, linear probe, % | seeds | least difference that shows | p | does it show? |",
-        "|---|---|---|---|---|---|---|"]
+        "|---" * 7 + "|"]
     for (claim, paper, *_), entry in zip(CLAIMS, compared):
         n, a, b, least, p, holm = entry or [0] * 6
         cells = [f"{a:.1f}, {b:.1f}", str(n), f"{least:.1f}", f"{p:.3f}", verdict(claim, a, b, least, holm)]
@@ -252,8 +256,7 @@ def card():
         "ViT-Micro (32 pixels, patches of 4, 0.8 M parameters) after 6,250 steps on CIFAR-10, whole models in float16, "
         "to see what a method does. `--ckpt` and `--init_from` take them. Made by `results/claims.py` "
         "with seed 0; accuracies in %, with the labels of 10,000 images. Licence: MIT; CIFAR-10 states none.", "",
-        "| file | command | commit | hours | k-NN | linear | fine-tuned | SHA-256 |",
-        "|---|---|---|---|---|---|---|---|"]
+        "| file | command | commit | hours | k-NN | linear | fine-tuned | SHA-256 |", "|---" * 8 + "|"]
     for path in sorted((ROOT / "weights").glob("*.pt")):
         run = json.loads((ROOT / f"results/claims/all_{path.name[:-len('_cifar10.pt')]}_seed0.json").read_text())
         hours = sum(line["seconds"] for line in run["log"]) / 3600
@@ -265,7 +268,6 @@ def card():
 def plots(results):
     """Accuracy against steps: for each weight of the self-consistency, and MAE's curve."""
     found = read(results)
-
     for figure, rows in PLOTS.items():
         lines = {}
         for label, names in rows.items():
@@ -278,19 +280,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--runs", type=Path)
-    parser.add_argument("--checkout", type=Path, default=ROOT)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     args.results = ROOT / "results" / ("claims" if args.scale == "cpu" else "claims_gpu")
     if args.data:
         args.results.mkdir(exist_ok=True)
-        args.data, args.runs, args.checkout = args.data.resolve(), args.runs.resolve(), args.checkout.resolve()
+        args.data, args.runs = args.data.resolve(), args.runs.resolve()
         if not (args.runs / "few").exists():
             first_images(args.data, args.runs / "few")
         plan = [(name, seed) for name, (*_, seeds) in ROWS.items() for seed in range(seeds)]
-        with ThreadPool(args.jobs) as pool:
-            pool.starmap(go, [(*run, args) for run in plan], chunksize=1)
+        ThreadPool(args.jobs).starmap(go, [(*run, args) for run in plan], chunksize=1)
     args.results.with_suffix(".md").write_text(page(args.results))
     (ROOT / "weights/README.md").write_text(card())
     plots(args.results)

@@ -218,19 +218,19 @@ def page(results):
     """The text of claims.md."""
     found, s = read(results), SCALES["cpu" if results.name == "claims" else "gpu"]
     (deviation, df, number), compared = residual(found), compare(found)
-    count = sum(entry is not None for entry in compared)
-    lines = [
-        "# Do the papers' claims hold? CIFAR-10, three seeds", "",
+    pairs = [entry[0] for entry in compared if entry]                               # seeds that both rows have
+    lines = ["# Do the papers' claims hold? CIFAR-10, small scale", "",
         f"`{s['size']}`, batch {s['batch']}, blr {s['blr']:g}, crops of 0.2 to 1 of the area. Top-1 in % on the 10,000 "
         f"test images, trained on the labels of 10,000: a linear probe (`{s['linear']}`) and k-NN (k = 20) on the mean "
         f"of the patch tokens, and fine-tuning (`{s['finetune']}`). *Masks*: how far predictions of a patch are apart "
-        "under two masks, over how far those of two images are. Minutes are pre-training's, beside other runs, on "
-        "[several machines](README.md#machines-and-commits), in bf16 where the CPU has it. Each run's command, commit "
-        f"and log: [`{results.name}/`]({results.name}).", "",
-        f"**The test.** A linear probe varies by s = {deviation:.2f} points about rows + seeds, over the {number} rows "
-        f"that have three seeds ({df} degrees of freedom). A difference over n pairs of seeds *shows* if it exceeds "
-        f"t₀.₉₇₅ · s · √(2/n), that is, if p < 0.05. Of {count} comparisons one in twenty shows by chance: the table "
-        "says which show after Holm's correction, too. The papers' figures are ImageNet's.", "",
+        "under two masks, over how far those of two images are. Minutes are pre-training's, with other jobs running, "
+        "on [several machines](README.md#machines-and-commits), in bf16 where the CPU has it. Each run's command, "
+        f"commit and log: [`{results.name}/`]({results.name}).", "",
+        f"**The test.** Comparisons with three seeds so far: {pairs.count(3)} of {len(pairs)}; with fewer, verdicts "
+        f"are provisional. Linear probes scatter by s = {deviation:.2f} points (standard deviation) about the effects "
+        f"of row and seed, in the {number} rows with three seeds ({df} degrees of freedom). A difference over n pairs "
+        "of seeds *shows* if it exceeds t₀.₉₇₅ · s · √(2/n), that is, if p < 0.05. One in twenty shows by chance; the "
+        "table also says which still show after Holm's correction. The papers' figures are ImageNet's.", "",
         "| claim | the paper, % | here, linear probe, % | seeds | least difference that shows | p | does it show? |",
         "|---" * 7 + "|"]
     for (claim, paper, *_), entry in zip(CLAIMS, compared):
@@ -240,24 +240,24 @@ def page(results):
     left = {name: runs for name, runs in found.items() if runs}
     for title, belongs in (("10,000 images, three seeds", lambda name: len(left[name]) == 3),
                            ("All 50,000 images", lambda name: name.startswith("all_")),
-                           ("10,000 images, fewer seeds: too few to judge a claim", lambda name: True)):
+                           ("10,000 images, one or two seeds", lambda name: True)):
         head = ["| run | epochs | seeds | linear probe | k-NN | fine-tuned | masks | minutes |", "|---" * 8 + "|"]
         lines += ["", f"## {title}", "", *head, *(row_of(left.pop(name)) for name in [*filter(belongs, left)])]
-    missing = [f"`{name}` {len(runs)} of {ROWS[name][3]}" for name, runs in found.items()
+    missing = [f"`{name}` has {len(runs)} of {ROWS[name][3]}" for name, runs in found.items()
                if name in ROWS and len(runs) < ROWS[name][3]]
-    lines += ["", f"Planned seeds that were not run to their end: {', '.join(missing) or 'none'}."]
+    lines += ["", f"Planned rows that still lack seeds: {', '.join(missing) or 'none'}."]
     return "\n".join(lines) + "\n"
 
 
 def card():
     """The text of weights/README.md."""
-    lines = [
-        "# Small trained models", "",
-        "ViT-Micro (32 pixels, patches of 4, 0.8 M parameters) after 6,250 steps on CIFAR-10, whole models in float16, "
-        "to see what a method does. `--ckpt` and `--init_from` take them. Made by `results/claims.py` "
+    files = sorted((ROOT / "weights").glob("*.pt"))
+    lines = ["# Small trained models", "", "**None is here yet.** " * (not files) +
+        "ViT-Micro (32 pixels, patches of 4, 0.8 M parameters) after 6,250 steps on CIFAR-10: whole models in float16, "
+        "to try a method without training it. `--ckpt` and `--init_from` take them. Made by `results/claims.py` "
         "with seed 0; accuracies in %, with the labels of 10,000 images. Licence: MIT; CIFAR-10 states none.", "",
         "| file | command | commit | hours | k-NN | linear | fine-tuned | SHA-256 |", "|---" * 8 + "|"]
-    for path in sorted((ROOT / "weights").glob("*.pt")):
+    for path in files:
         run = json.loads((ROOT / f"results/claims/all_{path.name[:-len('_cifar10.pt')]}_seed0.json").read_text())
         hours = sum(line["seconds"] for line in run["log"]) / 3600
         lines.append(f"| `{path.name}` | `{run['command']}` | {run['commit']} | {hours:.1f} | {run['knn']} | "

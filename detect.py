@@ -55,7 +55,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import Block, InputError, Scenes, ViT, init_linear, load_image, normalize
 from runs import Run, gather, launch, number, parse_args, save_picture
-from segment import (Pairs, cut, encoder_args, finish_args, mean_colour, open_encoder, report, resize, resize_mask,
+from segment import (Pairs, cut, encoder_args, finish_args, mean_colour, open_encoder, resize, resize_mask,
                      training_args)
 
 try:
@@ -623,10 +623,8 @@ def main(args):
     run.finish()
     if run.rank == 0:
         save_picture(picture(run, model, val_crops, channels), run.output / "predictions.png")
-    result = {**{name: round(value, 2) for name, value in result.items()}, "images": len(val_set),
-              "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data}
-    report(run, result, args)
-    return result
+    return run.report({**{name: round(value, 2) for name, value in result.items()}, "images": len(val_set),
+                       "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data})
 
 
 if __name__ == "__main__":

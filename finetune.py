@@ -23,7 +23,6 @@ paper is MAE's Tables 9 and 10, --recipe scratch its Table 11. Chosen where the 
 import argparse
 import csv
 import hashlib
-import json
 import math
 import os
 from pathlib import Path
@@ -556,16 +555,12 @@ def main(args):
 
 
 def report(run, figures, args):
-    """Prints the result, saves it as result.json, and returns it."""
+    """Prints and saves the result, and returns it."""
     top1, top5, images = figures
     result = {"mode": args.mode, "images": images, "ckpt": args.ckpt, "data": args.data}
     if top1 is not None:                # else there are no labels
         result = {"mode": args.mode, "top1": round(top1, 3), "top5": round(top5, 3), **result}
-    if run.rank == 0:
-        used = {name: value for name, value in vars(args).items() if value is not None and name[0] != "_"}
-        (run.output / "result.json").write_text(json.dumps({**result, "args": used}, indent=1) + "\n")
-    run.say(json.dumps(result))
-    return result
+    return run.report(result)
 
 
 def train(run, model, train_set, val_crops, channels, encoder, args):

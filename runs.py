@@ -353,6 +353,14 @@ class Run:
             self.say(f"Done. Next: python finetune.py --ckpt {self.output}/encoder.pt --data {self.args.data}"
                      f"{' --demo' * self.args.demo}")
 
+    def report(self, result):
+        """Prints a result, a dict, saves it with all arguments as OUTPUT/result.json, and returns it."""
+        if self.rank == 0:
+            used = {name: value for name, value in vars(self.args).items() if value is not None and name[0] != "_"}
+            (self.output / "result.json").write_text(json.dumps({**result, "args": used}, indent=1) + "\n")
+        self.say(json.dumps(result))
+        return result
+
     def once(self, crops, batch_size, progress=None):
         """Passes over all `crops` of epoch 0 once, in order: this process's share, in batches as from `parts`, with a
         bar named `progress`. After a signal, in whichever process, all exit."""

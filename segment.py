@@ -510,14 +510,6 @@ def picture(run, model, crops, channels, args, number=8):
     return [torch.stack(row) for row in rows]
 
 
-def report(run, result, args):
-    """Prints a result, and saves it with all arguments as OUTPUT/result.json."""
-    if run.rank == 0:
-        used = {name: value for name, value in vars(args).items() if value is not None and name[0] != "_"}
-        (run.output / "result.json").write_text(json.dumps({**result, "args": used}, indent=1) + "\n")
-    run.say(json.dumps(result))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,11 +579,9 @@ def main(args):
         save_picture(picture(run, model, val_crops, channels, args), run.output / "predictions.png")
     *means, iou = result
     iou = [None if math.isnan(value) else round(value, 2) for value in iou.tolist()]    # NaN: no pixel of that class
-    result = {**dict(zip(("mIoU", "mAcc", "aAcc"), (round(x, 2) for x in means))), "images": len(val_set),
-              "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data,
-              "classes": dict(zip(val_set.classes, iou))}
-    report(run, result, args)
-    return result
+    return run.report({**dict(zip(("mIoU", "mAcc", "aAcc"), (round(x, 2) for x in means))), "images": len(val_set),
+                       "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data,
+                       "classes": dict(zip(val_set.classes, iou))})
 
 
 if __name__ == "__main__":

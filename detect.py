@@ -54,9 +54,9 @@ from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import Block, InputError, Scenes, ViT, init_linear, load_image, normalize
+from finetune import encoder_args, fill, open_encoder
 from runs import Run, gather, launch, number, parse_args, save_picture
-from segment import (Pairs, cut, encoder_args, finish_args, mean_colour, open_encoder, resize, resize_mask,
-                     training_args)
+from segment import Pairs, cut, finish_args, mean_colour, resize, resize_mask, training_args
 
 try:
     from pycocotools import mask as coco_mask
@@ -77,7 +77,7 @@ def get_args(argv=None):
     """Parses the command line. Raises InputError."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    encoder_args(parser, img_size=1024, drop_path=None)
+    encoder_args(parser, img_size=[1024])
     model = parser.add_argument_group("detector")
     model.add_argument("--window", type=number(int, "[0, 16384]"), default=14,
                        help="patches a side of a window; 0: all blocks attend globally")
@@ -96,14 +96,6 @@ def get_args(argv=None):
     if COCO is None:
         raise InputError("pycocotools is needed for COCO's evaluation: pip install pycocotools")
     return args
-
-
-def fill_recipe(args, embed_dim):
-    """Sets layer decay and drop path, which depend on the encoder's size, where the command line left them open."""
-    size = dict(layer_decay=0.7, drop_path=0.1) if embed_dim <= 768 else dict(layer_decay=0.8, drop_path=0.4)
-    for name, value in size.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,18 +350,16 @@ class ViTDet(ViT):
     2P and 4P, all `out_channels` deep (P: the patch size). There is no cls token."""
 
     def __init__(self, out_channels=256, window=14, rel_pos=True, drop_path=0.0, freeze=False, **vit):
-        super().__init__(**vit)
+        super().__init__(drop_path=0.0 if freeze else drop_path, **vit)
         depth, dim, num_heads = len(self.blocks), self.cls_token.shape[-1], self.blocks[0].attn.num_heads
         last = {round((quarter + 1) * depth / 4) - 1 for quarter in range(4)}           # of each quarter: global
         self.blocks = nn.ModuleList(
-            WindowBlock(dim, num_heads, self.grid_size, 0 if i in last else window, drop_path * i / max(1, depth - 1),
-                        rel_pos) for i in range(depth))
+            WindowBlock(dim, num_heads, self.grid_size, 0 if i in last else window, block.drop_path.p, rel_pos)
+            for i, block in enumerate(self.blocks))
         self.blocks.apply(init_linear)
         self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].clone())
         del self.cls_token, self.norm
-        self.frozen = freeze
-        if freeze:
-            self.requires_grad_(False)
+        self.requires_grad_(not freeze)
         self.out_channels = out_channels        # torchvision asks for it
 
         def up(channels):
@@ -381,12 +371,6 @@ class ViTDet(ViT):
             *layers, nn.Conv2d(width, out_channels, 1, bias=False), norm(out_channels),
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), norm(out_channels))
             for layers, width in scales)
-
-    def train(self, mode=True):
-        """As Module.train, but frozen blocks stay in evaluation mode: no drop path there."""
-        super().train(mode)
-        self.blocks.train(mode and not self.frozen)
-        return self
 
     def last_map(self, imgs):
         """Images (N, C, S, S) to the last block's map (N, D, rows, columns)."""
@@ -561,8 +545,9 @@ def load_data(args):
 
 def main(args):
     """Trains on one data set with one encoder. Returns the result, which is also printed last and saved."""
-    weights, vit, encoder = open_encoder(args)
-    fill_recipe(args, vit["embed_dim"])
+    weights, vit, encoder, _ = open_encoder(args)
+    base = vit["embed_dim"] <= 768
+    fill(args, dict(layer_decay=0.7, drop_path=0.1) if base else dict(layer_decay=0.8, drop_path=0.4))     # B; L
     run = Run(args, __file__)
     device, dtype, size = run.device, run.dtype, args.img_size[0]
     train_set, val_set = load_data(args)

@@ -79,7 +79,9 @@ def get_args(argv=None):
     Raises InputError."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
+    model = encoder_args(parser)
+    model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
+                       "(default: the recipe's; cls for linear and knn)")
     parser.add_argument("--mode", choices=["finetune", "linear", "partial", "knn", "eval"], default="finetune")
     parser.add_argument("--recipe", choices=["released", "paper", "scratch"], default="released",
                         help="the released code's; MAE's Tables 9 and 10; its Table 11, from random weights")
@@ -87,15 +89,6 @@ def get_args(argv=None):
                         help="partial: how many of the last blocks train")
     parser.add_argument("--classes", help="eval: a folder of class folders, or a file with a name per line, in the "
                         "order of the classifier's outputs (default: the checkpoint's, else those of --data)")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none: the encoder (default: vit_base)")
-    model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="with --ckpt none: pixels")
-    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+",
-                       help="pixels: one or two (default: as pre-trained)")
-    model.add_argument("--pool", choices=["cls", "avg"], help="features: the cls token, or the mean of the patches "
-                       "(default: the recipe's; cls for linear and knn)")
-    model.add_argument("--drop_path", type=number(float, "[0, 1)"), help="the last block's (default: the recipe's)")
 
     optim = parser.add_argument_group("optimisation (default: the recipe's)")
     optim.add_argument("--epochs", type=number(int, "[1, inf)"))
@@ -136,6 +129,27 @@ def get_args(argv=None):
     return args
 
 
+def encoder_args(parser, img_size=None, drop_path=None):
+    """Adds the arguments that say which encoder, with these defaults, and returns their group. segment.py and detect.py
+    have them too."""
+    parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none: the encoder (default: vit_base)")
+    model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="with --ckpt none: pixels")
+    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=img_size,
+                       help=f"pixels: one or two (default: {img_size[0] if img_size else 'as pre-trained'})")
+    model.add_argument("--drop_path", type=number(float, "[0, 1)"), default=drop_path,
+                       help="the last block's (default: the recipe's)")
+    return model
+
+
+def fill(args, recipe):
+    """Sets what the command line left open."""
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def fill_recipe(args, embed_dim):
     """Sets what the command line left open, by mode and size. Raises InputError."""
     size = "B" if embed_dim <= 768 else "L" if embed_dim <= 1024 else "H"
@@ -146,9 +160,7 @@ def fill_recipe(args, embed_dim):
     demo = DEMO["knn" if args.mode == "knn" else kind] if args.demo else {}
     recipe = {**RECIPES[args.recipe, kind, size], **scratch, **demo}
     args._defaults.update(recipe)
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill(args, recipe)
     if args.mode != "knn" and args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}")
 
@@ -197,6 +209,28 @@ def load_encoder(path):
         encoder = {name: weights[name] for name in expected if name in weights}
         check_alike(path, "model", encoder, expected, any_float=True)
     return encoder, vit, channels, len(weights) - len(encoder)
+
+
+def open_encoder(args):
+    """The encoder that --ckpt names, for images of --img_size (default: as pre-trained): its weights (None for `none`),
+    ViT's keywords for it, a hash of the weights, and how many tensors beside them the file has. Its channels become the
+    arguments'. Raises InputError."""
+    if args.ckpt == "none":
+        weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"], in_chans=args.in_chans), 0
+        vit.update(img_size=32 if args.demo else 224, patch_size=args.patch_size or vit["patch_size"])
+    elif (args.model or args.patch_size) and not args.demo:
+        raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
+    else:
+        weights, vit, (mean, std), left_out = load_encoder(args.ckpt)
+        args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
+    old_size, vit["img_size"] = vit["img_size"], list(pair(args.img_size or vit["img_size"]))
+    check_vit(vit["img_size"], vit["patch_size"], vit["embed_dim"], vit["num_heads"])
+    if weights is None:
+        return None, vit, None, left_out
+    old_grid, new_grid = ([n // vit["patch_size"] for n in pair(size)] for size in (old_size, vit["img_size"]))
+    weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, new_grid)
+    weights_bytes = b"".join(value.detach().float().numpy().tobytes() for value in weights.values())
+    return weights, vit, hashlib.sha256(weights_bytes).hexdigest()[:16], left_out
 
 
 def load_classifier(path, img_size):
@@ -509,18 +543,9 @@ def main(args):
     """Evaluates one checkpoint in one mode. Returns the result, which is also printed last and saved as result.json."""
     if args.mode == "eval":
         return report(*score(args), args)
-    if args.ckpt == "none":
-        weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"], in_chans=args.in_chans), 0
-        vit.update(img_size=32 if args.demo else 224, patch_size=args.patch_size or vit["patch_size"])
-    elif (args.model or args.patch_size) and not args.demo:
-        raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
-    else:
-        weights, vit, (mean, std), left_out = load_encoder(args.ckpt)
-        args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
-    old_grid = [n // vit["patch_size"] for n in pair(vit["img_size"])]
-    vit["img_size"] = args.img_size = list(pair(args.img_size or vit["img_size"]))
+    weights, vit, encoder, left_out = open_encoder(args)
+    args.img_size = vit["img_size"]
     fill_recipe(args, vit["embed_dim"])
-    check_vit(args.img_size, vit["patch_size"], vit["embed_dim"], vit["num_heads"])
 
     run = Run(args, __file__)
     train_set, val_set = load_labelled(args)
@@ -531,11 +556,7 @@ def main(args):
     else:
         train_blocks = {"finetune": None, "partial": args.blocks, "linear": 0}[args.mode]
         model = Classifier(num_classes, args.pool, args.mode == "linear", train_blocks, **vit, drop_path=args.drop_path)
-    encoder = None
     if weights is not None:
-        weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, model.grid_size)
-        weights_bytes = b"".join(value.detach().float().numpy().tobytes() for value in weights.values())
-        encoder = hashlib.sha256(weights_bytes).hexdigest()[:16]
         model.load_state_dict(weights, strict=False)    # what is left as it is: the head, and its norm
     model.to(run.device)
     if left_out:

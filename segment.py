@@ -27,7 +27,6 @@ Chosen where the papers are silent or differ:
 Accuracies are not measured yet. ADE20K and GPUs: not run.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -42,9 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import (ENCODER_PARTS, VIT_SIZES, Block, Crops, InputError, Scenes, ViT, check_vit, init_linear, load_image,
-                    normalize, pair, seed_from)
-from finetune import load_encoder, param_groups, resample_pos_embed
+from common import Block, Crops, InputError, Scenes, ViT, init_linear, load_image, normalize, pair, seed_from
+from finetune import encoder_args, fill, open_encoder, param_groups
 from runs import Run, gather, launch, number, parse_args, save_picture
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
@@ -60,7 +58,7 @@ def get_args(argv=None):
     """Parses the command line. Raises InputError."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    encoder_args(parser, img_size=512, drop_path=0.1)
+    encoder_args(parser, img_size=[512], drop_path=0.1)
     parser.add_argument("--recipe", choices=RECIPES, default="mae", help="sets --lr and --layer_decay")
 
     head = parser.add_argument_group("head")
@@ -90,21 +88,10 @@ def get_args(argv=None):
     return args
 
 
-def encoder_args(parser, img_size, drop_path):
-    """Adds the arguments that say which encoder, and how it is used. detect.py has them too."""
-    parser.add_argument("--ckpt", required=True, help="last.pt, encoder.pt, a public MAE checkpoint, or none")
-    model = parser.add_argument_group("encoder")
-    model.add_argument("--model", choices=VIT_SIZES, help="with --ckpt none (default: vit_base)")
-    model.add_argument("--patch_size", type=number(int, "[1, 16384]"), help="with --ckpt none: pixels")
-    model.add_argument("--img_size", type=number(int, "[1, 16384]"), nargs="+", default=[img_size],
-                       help="pixels of a training image: one or two")
-    model.add_argument("--drop_path", type=number(float, "[0, 1)"), default=drop_path)
-    model.add_argument("--freeze", action="store_true", help="the encoder stays as it is; only what is new trains")
-
-
 def training_args(parser, num_steps, warmup_steps, batch_size, weight_decay, eval_epochs):
-    """Adds the arguments of the optimisation, with these defaults. detect.py has them too."""
+    """Adds the arguments that say how to train, with these defaults. detect.py has them too."""
     optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--freeze", action="store_true", help="the encoder stays as it is; only what is new trains")
     optim.add_argument("--num_steps", type=number(int, "[1, inf)"), default=num_steps)
     optim.add_argument("--warmup_steps", type=number(int, "[0, inf)"), default=warmup_steps)
     optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=batch_size, help="images, all processes")
@@ -122,35 +109,12 @@ def finish_args(args, name, recipe):
     """Sets what the command line left open. Raises InputError where arguments don't go together."""
     if args.ckpt == "none":
         args.layer_decay = args.layer_decay if args.layer_decay and not args.demo else 1.0
-    elif (args.model or args.patch_size) and not args.demo:
-        raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill(args, recipe)
     if args.warmup_steps >= args.num_steps:
         raise InputError(f"--warmup_steps {args.warmup_steps} must be less than --num_steps {args.num_steps}")
     args.img_size = pair(args.img_size)
     if args.output_dir is None:
         args.output_dir = str((Path("runs/none") if args.ckpt == "none" else Path(args.ckpt).parent) / name)
-
-
-def open_encoder(args):
-    """The encoder that --ckpt names, for images of --img_size: its weights (None for `none`), ViT's keywords for it,
-    and a hash of the weights. Its channels become the arguments'. Raises InputError."""
-    if args.ckpt == "none":
-        vit = dict(VIT_SIZES[args.model or "vit_base"], img_size=args.img_size, in_chans=args.in_chans)
-        vit.update(patch_size=args.patch_size or vit["patch_size"])
-        weights = None
-    else:
-        weights, vit, (mean, std), _ = load_encoder(args.ckpt)
-        args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
-    check_vit(args.img_size, vit["patch_size"], vit["embed_dim"], vit["num_heads"])
-    if weights is None:
-        return None, vit, None
-    digest = hashlib.sha256(b"".join(value.float().numpy().tobytes() for value in weights.values())).hexdigest()[:16]
-    old_grid, new_grid = ([n // vit["patch_size"] for n in pair(size)] for size in (vit["img_size"], args.img_size))
-    weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, new_grid)
-    return weights, dict(vit, img_size=args.img_size), digest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,12 +342,13 @@ class Segmenter(ViT):
     at lower resolutions: the head's, and in UperNet the auxiliary head's."""
 
     def __init__(self, num_classes, head="upernet", head_channels=768, taps=None, drop_path=0.0, freeze=False, **vit):
-        super().__init__(**vit)
+        super().__init__(drop_path=0.0 if freeze else drop_path, **vit)
         depth, dim, num_heads = len(self.blocks), self.cls_token.shape[-1], self.blocks[0].attn.num_heads
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = [block.drop_path.p for block in self.blocks]
         self.blocks = nn.ModuleList(TransferBlock(dim, num_heads, self.grid_size, rate) for rate in rates)
         self.blocks.apply(init_linear)
         self.norm = nn.Identity()       # maps are taken before it
+        self.requires_grad_(not freeze)
         self.taps = [depth - 1] if head == "linear" else taps or [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1,
                                                                   depth - 1]
         if sorted(set(self.taps)) != list(self.taps) or self.taps[-1] >= depth:
@@ -396,18 +361,6 @@ class Segmenter(ViT):
                               nn.ConvTranspose2d(dim, dim, 2, 2)),
                 nn.ConvTranspose2d(dim, dim, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
             self.head = UperNet(dim, head_channels, num_classes)
-        self.pos_embed.requires_grad_(True)
-        self.frozen = freeze
-        if freeze:
-            for name, param in self.named_parameters():
-                if name.startswith(ENCODER_PARTS):
-                    param.requires_grad_(False)
-
-    def train(self, mode=True):
-        """As Module.train, but frozen blocks stay in evaluation mode: no drop path there."""
-        super().train(mode)
-        self.blocks.train(mode and not self.frozen)
-        return self
 
     def forward_maps(self, imgs, taps):
         """Images (N, C, H, W) to what comes out of the blocks `taps`, counted from 0, without the last norm: a list of
@@ -515,7 +468,7 @@ def picture(run, model, crops, channels, args, number=8):
 # ---------------------------------------------------------------------------------------------------------------------
 def main(args):
     """Trains on one data set with one encoder. Returns the result, which is also printed last and saved."""
-    weights, vit, encoder = open_encoder(args)
+    weights, vit, encoder, _ = open_encoder(args)
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
     train_set, val_set = (

@@ -31,6 +31,7 @@ Accuracies are not measured yet. COCO and GPUs: not run.
 """
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
@@ -50,13 +51,14 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image, masks_to_boxes, remove_small_boxes
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import Block, InputError, Scenes, ViT, init_linear, load_image, normalize
 from finetune import encoder_args, fill, open_encoder
 from runs import Run, gather, launch, number, parse_args, save_picture
-from segment import Pairs, cut, finish_args, mean_colour, resize, resize_mask, training_args
+from segment import Pairs, fill_up, finish_args, mean_colour, resize, resize_mask, training_args
 
 try:
     from pycocotools import mask as coco_mask
@@ -140,7 +142,7 @@ class CocoFolder(Dataset):
             raise InputError(f"{os.fsdecode(self.paths[index])!r} has {img.shape[2]}×{img.shape[1]} pixels, and in the "
                              f"annotations {size[1]}×{size[0]}")
         boxes = torch.tensor([a["bbox"] for a in anns], dtype=torch.float32).view(-1, 4)
-        target = {"boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
+        target = {"boxes": box_convert(boxes, "xywh", "xyxy"),
                   "labels": torch.tensor([self.categories[a["category_id"]] for a in anns], dtype=torch.int64),
                   "image_id": info["id"]}
         if self.has_masks:
@@ -221,7 +223,7 @@ def decode_mask(segmentation, height, width):
 def boxes_of(masks):
     """The boxes (n, 4) around masks (n, H, W), none of them empty. A box ends where its last pixel does, one after that
     pixel's number."""
-    return masks_to_boxes(masks) + torch.tensor([0.0, 0, 1, 1]) if len(masks) else torch.zeros(0, 4)
+    return masks_to_boxes(masks) + torch.tensor([0.0, 0, 1, 1])
 
 
 class Objects(Pairs):
@@ -233,53 +235,41 @@ class Objects(Pairs):
         return default_collate(imgs), list(targets), {k: v for each in skipped for k, v in each.items()}
 
 
-class LargeScaleJitter:
-    """An image and its target, scaled at random by `jitter` against where it just fits into `size`², flipped, cropped
+def large_scale_jitter(sample, size, scales):
+    """An image and its target, scaled at random by `scales` against where it just fits into `size`², flipped, cropped
     at random where it is larger, and filled up where it is smaller. Objects that end up outside are left out."""
+    img, target = sample
+    img, target = fit(img, target, size, torch.empty(()).uniform_(*scales).item())
+    colour = mean_colour(img)
+    top, left = (torch.randint(max(0, side - size) + 1, ()).item() for side in target["size"])
+    height, width = (min(side, size) for side in target["size"])
+    window = ..., slice(top, top + height), slice(left, left + width)
+    flip = torch.rand(()) < 0.5
 
-    def __init__(self, size, jitter):
-        self.size, self.jitter = size, jitter
+    def take(x, fill):      # the content stays at the left, the filling at the right
+        return fill_up(x[window].flip(2) if flip else x[window], (size, size), fill)
 
-    def __call__(self, sample):
-        img, target = sample
-        scale = torch.empty(()).uniform_(*self.jitter).item()
-        img, target = fit(img, target, self.size, scale)
-        top, left = (torch.randint(max(0, side - self.size) + 1, ()).item() for side in target["size"])
-        target["size"] = tuple(min(side, self.size) for side in target["size"])
-        img = cut(img, top, left, (self.size, self.size), mean_colour(img))
-        flip = torch.rand(()) < 0.5
-        if flip:            # the content stays at the left, the filling at the right
-            img[:, :, :target["size"][1]] = img[:, :, :target["size"][1]].flip(2)
-        height, width = target["size"]
-        if "masks" in target:
-            masks = cut(target["masks"], top, left, (self.size, self.size), 0)
-            if flip:
-                masks[:, :, :width] = masks[:, :, :width].flip(2)
-            keep = masks.flatten(1).amax(dim=1) > 0 if len(masks) else torch.zeros(0, dtype=torch.bool)
-            target.update(masks=masks[keep], boxes=boxes_of(masks[keep]))
-        else:
-            boxes = target["boxes"] - torch.tensor([left, top, left, top])
-            boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
-            if flip:
-                boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-            keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
-            target["boxes"] = boxes[keep]
-        target["labels"] = target["labels"][keep]
-        return img, target
+    img, target["size"] = take(img, colour), (height, width)
+    if "masks" in target:
+        masks = take(target["masks"], 0)
+        keep = masks.amax(dim=(1, 2)) > 0
+        target.update(masks=masks[keep], boxes=boxes_of(masks[keep]))
+    else:
+        boxes = clip_boxes_to_image(target["boxes"] - torch.tensor([left, top, left, top]), (height, width))
+        if flip:
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        keep = remove_small_boxes(boxes, 1)
+        target["boxes"] = boxes[keep]
+    target["labels"] = target["labels"][keep]
+    return img, target
 
 
-class FitAndFill:
+def fit_and_fill(sample, size):
     """An image scaled to fit into `size`² and filled up; of the target, what evaluation needs."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __call__(self, sample):
-        img, target = sample
-        original = tuple(img.shape[1:])
-        img, _ = fit(img, {}, self.size, 1.0)
-        return (cut(img, 0, 0, (self.size, self.size), mean_colour(img)),
-                {"image_id": target["image_id"], "size": tuple(img.shape[1:]), "original_size": original})
+    img, target = sample
+    small, _ = fit(img, {}, size, 1.0)
+    return (fill_up(small, (size, size), mean_colour(small)),
+            {"image_id": target["image_id"], "size": tuple(small.shape[1:]), "original_size": tuple(img.shape[1:])})
 
 
 def fit(img, target, size, scale):
@@ -289,7 +279,7 @@ def fit(img, target, size, scale):
     new = tuple(max(1, round(side * scale)) for side in img.shape[1:])
     target = dict(target, size=new)
     if "boxes" in target:
-        target["boxes"] = target["boxes"] * torch.tensor([new[1] / img.shape[2], new[0] / img.shape[1]]).repeat(2)
+        target["boxes"] = resize_boxes(target["boxes"], img.shape[1:], new)
     if "masks" in target:
         target["masks"] = resize_mask(target["masks"], new)
     return resize(img, new), target
@@ -455,10 +445,9 @@ def learning_rate(step, args):
 def to_original(found, target):
     """What was found in a scaled image, in the original's pixels and on the CPU: `masks` become (n, H, W) bools."""
     found = {name: value.cpu() for name, value in found.items()}
-    (height, width), (H, W) = target["size"], target["original_size"]
-    found["boxes"] = found["boxes"] * torch.tensor([W / width, H / height]).repeat(2)
+    found["boxes"] = resize_boxes(found["boxes"], target["size"], target["original_size"])
     if "masks" in found:
-        found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], (H, W))[:, 0] > 0.5
+        found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], target["original_size"])[:, 0] > 0.5
     return found
 
 
@@ -515,7 +504,7 @@ def picture(run, model, crops, channels, number=8):
         img = (255 * img / max(1.0, img.max())).byte() if img.dtype != torch.uint8 else img
         img = img[:1].repeat(3, 1, 1) if len(img) != 3 else img
         for row, objects in zip(rows, ({}, truth, found)):
-            row.append(resize(cut(draw(img, objects), 0, 0, [max(img.shape[1:])] * 2, 0), [192, 192]) / 255)
+            row.append(resize(fill_up(draw(img, objects), [max(img.shape[1:])] * 2, 0), [192, 192]) / 255)
     return [torch.stack(row) for row in rows]
 
 
@@ -554,8 +543,9 @@ def main(args):
     dropped = train_set.dropped + val_set.dropped
     if dropped:
         run.say(f"{dropped} annotations were left out: their boxes have no area, or are no boxes")
-    crops = Objects(train_set, LargeScaleJitter(size, args.jitter), args.seed, args.skip_bad)
-    val_crops = Objects(val_set, FitAndFill(size))
+    transform = functools.partial(large_scale_jitter, size=size, scales=args.jitter)
+    crops = Objects(train_set, transform, args.seed, args.skip_bad)
+    val_crops = Objects(val_set, functools.partial(fit_and_fill, size=size))
     channels = run.channels(crops)
 
     torch.manual_seed(args.seed)                    # every process starts from the same weights

@@ -27,6 +27,7 @@ Chosen where the papers are silent or differ:
 Accuracies are not measured yet. ADE20K and GPUs: not run.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -167,12 +168,11 @@ def read_classes(path):
     """The names in {"classes": [names]}. Raises InputError."""
     try:
         classes = json.loads(Path(path).read_text())["classes"]
-        if isinstance(classes, list) and 0 < len(classes) < 256:
-            return [str(name) for name in classes]
-        reason = "no list of 1 to 255 names"
+        if not (isinstance(classes, list) and 0 < len(classes) < 256):
+            raise ValueError("no list of 1 to 255 names")
+        return [str(name) for name in classes]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = repr(error)
-    raise InputError(f"'{path}' must hold {{\"classes\": [names]}}: {reason}")
+        raise InputError(f"'{path}' must hold {{\"classes\": [names]}}: {error!r}") from error
 
 
 class SceneMasks(Scenes):
@@ -204,64 +204,53 @@ def resize_mask(masks, size):
     return F.interpolate(masks[:, None], tuple(size), mode="nearest-exact")[:, 0]
 
 
-def cut(x, top, left, size, fill):
-    """The window (…, height, width) of `x` from (top, left) on; where `x` ends before it, `fill` follows: a number, or
-    a tensor that broadcasts."""
-    x = x[..., top:top + size[0], left:left + size[1]]
-    window = torch.zeros(*x.shape[:-2], *size, dtype=x.dtype) + torch.as_tensor(fill, dtype=x.dtype)
-    window[..., :x.shape[-2], :x.shape[-1]] = x
-    return window
+def fill_up(x, size, fill):
+    """`x` (…, h, w) in the upper left corner of (…, height, width), the rest `fill`: a number, or a tensor that
+    broadcasts."""
+    canvas = torch.zeros(*x.shape[:-2], *size, dtype=x.dtype) + torch.as_tensor(fill, dtype=x.dtype)
+    canvas[..., :x.shape[-2], :x.shape[-1]] = x
+    return canvas
 
 
 def mean_colour(img):
-    """What an image (C, H, W) is padded with: (C, 1, 1) of the image's type."""
+    """What an image (C, H, W) is filled up with: (C, 1, 1) of the image's type."""
     return img.float().mean(dim=(1, 2), keepdim=True).to(img.dtype)
 
 
-def shorter_side(img, pixels):
-    """By what an image is to be scaled so that its shorter side has so many pixels, and the longer at most 4 times."""
-    return min(pixels / min(img.shape[1:]), 4 * pixels / max(img.shape[1:]))
+def resized(img, pixels, scale=1.0):
+    """The size of an image whose shorter side gets so many pixels, and the longer at most 4 times that, times `scale`.
+    """
+    scale = min(pixels / min(img.shape[1:]), 4 * pixels / max(img.shape[1:])) * scale
+    return [max(1, round(side * scale)) for side in img.shape[1:]]
 
 
 PHOTOMETRIC = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})], p=0.5) for name, amount in
                           (("brightness", 0.125), ("contrast", 0.5), ("saturation", 0.5), ("hue", 0.05))])
 
 
-class TrainTransform:
-    """Random scale, crop (of ten, the first where no class has over 0.75 of the pixels), flip and photometric
-    distortion; the image and its mask at `size`."""
-
-    def __init__(self, size, pixels, scale, ignore):
-        self.size, self.pixels, self.scale, self.ignore = size, pixels, scale, ignore
-
-    def __call__(self, sample):
-        img, mask = sample
-        scale = shorter_side(img, self.pixels) * torch.empty(()).uniform_(*self.scale).item()
-        size = [max(1, round(side * scale)) for side in img.shape[1:]]
-        img, mask = resize(img, size), resize_mask(mask[None], size)[0]
-        for _ in range(10):
-            top, left = (torch.randint(max(0, side - n) + 1, ()).item() for side, n in zip(size, self.size))
-            labels = mask[top:top + self.size[0], left:left + self.size[1]]
-            counts = torch.bincount(labels[labels != self.ignore])
-            if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
-                break
-        img = cut(img, top, left, self.size, mean_colour(img))
-        mask = cut(mask, top, left, self.size, self.ignore)
-        if torch.rand(()) < 0.5:
-            img, mask = img.flip(2), mask.flip(1)
-        return (PHOTOMETRIC(img) if len(img) == 3 and img.dtype == torch.uint8 else img), mask
+def train_transform(sample, size, pixels, scale, ignore):
+    """An image and its mask at `size`, after random scale, crop (of ten, the first where no class has over 0.75 of the
+    pixels), flip and photometric distortion."""
+    img, mask = sample
+    new = resized(img, pixels, torch.empty(()).uniform_(*scale).item())
+    img, mask = resize(img, new), resize_mask(mask[None], new)[0]
+    for _ in range(10):
+        top, left = (torch.randint(max(0, side - n) + 1, ()).item() for side, n in zip(new, size))
+        window = ..., slice(top, top + size[0]), slice(left, left + size[1])
+        labels = mask[window]
+        counts = torch.bincount(labels[labels != ignore])
+        if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
+            break
+    img, mask = fill_up(img[window], size, mean_colour(img)), fill_up(mask[window], size, ignore)
+    if torch.rand(()) < 0.5:
+        img, mask = img.flip(2), mask.flip(1)
+    return (PHOTOMETRIC(img) if len(img) == 3 and img.dtype == torch.uint8 else img), mask
 
 
-class EvalTransform:
+def eval_transform(sample, pixels):
     """The image with its shorter side at `pixels`; the mask as it is."""
-
-    def __init__(self, pixels):
-        self.pixels = pixels
-
-    def __call__(self, sample):
-        img, mask = sample
-        scale = shorter_side(img, self.pixels)
-        return resize(img, [max(1, round(side * scale)) for side in img.shape[1:]]), mask
+    img, mask = sample
+    return resize(img, resized(img, pixels)), mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,9 +337,8 @@ class Segmenter(ViT):
         self.blocks = nn.ModuleList(TransferBlock(dim, num_heads, self.grid_size, rate) for rate in rates)
         self.blocks.apply(init_linear)
         self.norm = nn.Identity()       # maps are taken before it
-        self.requires_grad_(not freeze)
-        self.taps = [depth - 1] if head == "linear" else taps or [depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1,
-                                                                  depth - 1]
+        self.requires_grad_(not freeze)     # what follows is new, and trains
+        self.taps = [depth - 1] if head == "linear" else taps or [depth * i // 12 - 1 for i in (4, 6, 8, 12)]
         if sorted(set(self.taps)) != list(self.taps) or self.taps[-1] >= depth:
             raise InputError(f"taps {self.taps} must be different blocks, in ascending order, of the {depth} from 0")
         if head == "linear":
@@ -459,7 +447,7 @@ def picture(run, model, crops, channels, args, number=8):
         pred = predict(run, model, img[None].to(run.device), mask.shape, channels, args)[0]
         for row, x in zip(rows, (img, colours[mask.long()].permute(2, 0, 1), colours[pred.cpu()].permute(2, 0, 1))):
             x = x.float() / 255 if x.dtype == torch.uint8 else x
-            row.append(resize(cut(x, 0, 0, [max(x.shape[1:])] * 2, 0), [192, 192]).clamp(0, 1))
+            row.append(resize(fill_up(x, [max(x.shape[1:])] * 2, 0), [192, 192]).clamp(0, 1))
     return [torch.stack(row) for row in rows]
 
 
@@ -474,9 +462,10 @@ def main(args):
     train_set, val_set = (
         SceneMasks(split) if args.data == "scenes" else MaskFolder(args.data, split, args.ignore, args.in_chans)
         for split in ("train", args.val_split))
-    transform = TrainTransform(args.img_size, args.resize, args.scale, args.ignore)
+    transform = functools.partial(train_transform, size=args.img_size, pixels=args.resize, scale=args.scale,
+                                  ignore=args.ignore)
     crops = Pairs(train_set, transform, args.seed, args.skip_bad)
-    val_crops = Pairs(val_set, EvalTransform(args.resize))
+    val_crops = Pairs(val_set, functools.partial(eval_transform, pixels=args.resize))
     channels = run.channels(crops)
     if args.batch_size < 2 * run.world_size * args.accum_iter:
         raise InputError("--batch_size must leave at least 2 images for a process to normalise over")

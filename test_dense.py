@@ -248,7 +248,7 @@ def test_jittered_image_equals_a_loop(scale, masks):
     target = target if masks else {name: value for name, value in target.items() if name != "masks"}
     for seed in range(4):
         torch.manual_seed(seed)
-        out, new = detect.LargeScaleJitter(48, (scale, scale))((img, target))
+        out, new = detect.large_scale_jitter((img, target), 48, (scale, scale))
         torch.manual_seed(seed)
         torch.empty(()).uniform_(scale, scale)
         side = round(64 * scale * 48 / 64)
@@ -276,17 +276,16 @@ def test_segmentation_crops_keep_image_and_mask_together():
     """A mask that is the image's red channel stays that, up to interpolation at edges; filling is to be ignored."""
     _, shown = segment.SceneMasks("val")[0][0]
     img = (shown * 50)[None].repeat(3, 1, 1)
-    transform = segment.TrainTransform((64, 80), 64, (0.5, 2.0), 255)
     segment.PHOTOMETRIC, photometric = nn.Identity(), segment.PHOTOMETRIC
     for seed in range(8):
         torch.manual_seed(seed)
-        out, mask = transform((img, shown))
+        out, mask = segment.train_transform((img, shown), (64, 80), 64, (0.5, 2.0), 255)
         assert out.shape == (3, 64, 80) and mask.shape == (64, 80)
         keep = mask != 255
         assert keep.any() and ((out[0].float() / 50).round()[keep] == mask[keep].float()).float().mean() > 0.9
     segment.PHOTOMETRIC = photometric
     tall = torch.zeros(3, 1000, 100, dtype=torch.uint8)
-    assert segment.EvalTransform(50)((tall, tall[0]))[0].shape == (3, 200, 20)      # the longer side: 4 · 50
+    assert segment.eval_transform((tall, tall[0]), 50)[0].shape == (3, 200, 20)      # the longer side: 4 · 50
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ blocks. A simple feature pyramid makes strides 4 to 32 from the last map alone (
 proposals, RoI align and heads are torchvision's, with the four convolutions and LayerNorms of ViTDet (Appendix A.2).
 
 The recipe is ViTDet's, behind EMAE's Table 3 (the rows without Cascade): 1024 × 1024 pixels, large-scale jitter 0.1 to
-2, batch 64, AdamW at 1e-4, 184,375 steps, × 0.1 at 8/9 and 26/27 of them. Others used another: MAE's Table 4,
-EMAE's Table 2 and Robust MAE's Table 3 that of Li et al. (arXiv:2111.11429), SdAE's Table 4 MMDetection's 1× schedule,
-and Efficient MAE's Table 10 "a smaller batch size and fewer training epochs".
+2, batch 64, AdamW at 1e-4, 184,375 steps, × 0.1 at 8/9 and 26/27 of them. The papers' other tables used other recipes
+(docs/reading.md, Section 7).
 
 Where this differs from detectron2, in which ViTDet is published:
 - torchvision's RoI align is not shifted by half a pixel (`aligned`), and box losses are smooth L1 with β = 1/9, not L1.
@@ -111,21 +110,20 @@ class CocoFolder(Dataset):
     def __init__(self, root, split, crowds, in_chans=3):
         name = next((name for name in (split, f"{split}2017")
                      if os.path.isfile(os.path.join(root, "annotations", f"instances_{name}.json"))), split)
-        path, self.folder = os.path.join(root, "annotations", f"instances_{name}.json"), os.path.join(root, name)
+        path, folder = os.path.join(root, "annotations", f"instances_{name}.json"), os.path.join(root, name)
         try:
             with open(path) as file:
                 content = json.load(file)
             coco, self.dropped = check_coco(content)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"'{path}' is no JSON file in COCO's format: {error!r}") from error
-        if not os.path.isdir(self.folder):
-            raise InputError(f"no folder '{self.folder}' for the images of '{path}'")
+        if not os.path.isdir(folder):
+            raise InputError(f"no folder '{folder}' for the images of '{path}'")
         self.categories = {c["id"]: i for i, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]), 1)}
         self.classes = [coco.cats[number]["name"] for number in self.categories]
         self.has_masks = all(a.get("segmentation") for a in coco.anns.values())
-        self.ids, self.in_chans, self.root = sorted(coco.imgs), in_chans, os.fsencode(self.folder)
-        names = [os.path.join(self.folder, coco.imgs[i]["file_name"]) for i in self.ids]
-        self.paths = np.array([os.fsencode(name) for name in names])
+        self.ids, self.in_chans, self.root = sorted(coco.imgs), in_chans, os.fsencode(folder)
+        self.paths = np.array([os.fsencode(os.path.join(folder, coco.imgs[i]["file_name"])) for i in self.ids])
         self.coco = coco if crowds else None        # what evaluation compares with
         # Each image and its annotations as text, in one array: workers share it, and would each copy Python's objects
         texts = [json.dumps([coco.imgs[i], [a for a in coco.imgToAnns[i] if crowds or not a["iscrowd"]]]).encode()
@@ -288,6 +286,9 @@ def fit(img, target, size, scale):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
+norm = functools.partial(LayerNorm2d, eps=1e-6)
+
+
 class DecomposedBias(nn.Module):
     """The relative positions of MViTv2 (arXiv:2112.01526, Section 4.1): a query's product with a vector for the
     vertical offset, plus that with one for the horizontal offset. Both tables start at zero."""
@@ -374,10 +375,6 @@ class ViTDet(ViT):
         maps = [scale(x) for scale in self.pyramid]
         maps.append(F.max_pool2d(maps[-1], 1, stride=2))
         return {str(i): x.float() for i, x in enumerate(maps)}
-
-
-def norm(channels):
-    return LayerNorm2d(channels, eps=1e-6)
 
 
 class Detector(nn.Module):

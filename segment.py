@@ -10,11 +10,10 @@ byte a pixel: its class, or --ignore) and classes.json ({"classes": [names]}), o
 result is the last line printed and OUTPUT/result.json: mIoU, mAcc, aAcc and each class's IoU after the last step, in %.
 OUTPUT/predictions.png shows validation images, their truth, and what the model says.
 
-UperNet (Xiao et al., arXiv:1807.10221) wants a pyramid. Four blocks' maps become one of strides 4, 8, 16 and 32 by
-transposed convolutions and pooling; pooling at four sizes adds context to the coarsest; a feature pyramid and a fusion
-follow. MAE states 100 epochs, batch 16 and a rate that was searched for (A.4). The defaults are the public code's that
-reports 48.1 mIoU: 160k steps, batch 16, and RECIPES. For the transfer each block gets a table of relative-position
-biases that starts at zero (A.4) and a layer scale that starts at 1. `--recipe sdae` is SdAE's (A.1): the rate is 4e-4.
+UperNet (Xiao et al., arXiv:1807.10221) wants a pyramid, which is made of four blocks' maps; for the transfer each block
+gets relative-position biases and a layer scale (docs/reading.md, Section 7). MAE states 100 epochs, batch 16 and a rate
+that was searched for (A.4). The defaults are the public code's that reports 48.1 mIoU: 160k steps, batch 16, and
+RECIPES. `--recipe sdae` is SdAE's (A.1): the rate is 4e-4.
 
 Chosen where the papers are silent or differ:
 - Images are resized so that the shorter side is --resize and the longer at most four times that (2048 × 512), times
@@ -133,16 +132,17 @@ class MaskFolder(Dataset):
             if not os.path.isdir(folder):
                 raise InputError(f"no folder '{folder}': --data needs images/SPLIT, masks/SPLIT and classes.json")
         names = sorted(name for name in os.listdir(images) if name[0] != ".")
+        mask_names = [os.path.splitext(name)[0] + ".png" for name in names]
         there = set(os.listdir(masks))
-        pairs = [(name, os.path.splitext(name)[0] + ".png") for name in names]
-        missing = [mask for _, mask in pairs if mask not in there]
-        if missing or not names:
-            raise InputError(f"'{masks}' lacks {missing[0]} ({len(missing)} of {len(names)} images have no mask)"
-                             if missing else f"no image in '{images}'")
+        missing = [name for name in mask_names if name not in there]
+        if not names:
+            raise InputError(f"no image in '{images}'")
+        if missing:
+            raise InputError(f"'{masks}' lacks {missing[0]} ({len(missing)} of {len(names)} images have no mask)")
         self.classes = [str(i) for i in range(1, 151)] if self.ade else read_classes(os.path.join(root, "classes.json"))
         self.root, self.ignore, self.in_chans = os.fsencode(root), ignore, in_chans
-        self.paths = np.array([os.fsencode(os.path.join(images, name)) for name, _ in pairs])
-        self.masks = np.array([os.fsencode(os.path.join(masks, name)) for _, name in pairs])
+        self.paths = np.array([os.fsencode(os.path.join(images, name)) for name in names])
+        self.masks = np.array([os.fsencode(os.path.join(masks, name)) for name in mask_names])
 
     def __len__(self):
         return len(self.paths)
@@ -419,13 +419,14 @@ def scores(matrix):
 
 @torch.no_grad()
 def evaluate(run, model, crops, channels, args):
-    """`scores` over all processes, and the number of images."""
+    """`scores` over all processes: mIoU, mAcc and aAcc as a dict, and each class's IoU."""
     num_classes = len(crops.source.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     model.eval()
     for imgs, masks in run.once(crops, batch_size=1, progress="evaluation"):
         matrix += confusion(predict(run, model, imgs, masks.shape[1:], channels, args), masks, num_classes, args.ignore)
-    return scores(sum(gather(matrix.cpu())))
+    *means, iou = scores(sum(gather(matrix.cpu())))
+    return dict(zip(("mIoU", "mAcc", "aAcc"), means)), iou
 
 
 def predict(run, model, imgs, size, channels, args):
@@ -514,14 +515,13 @@ def main(args):
 
         due = epoch == run.num_epochs - 1 or (epoch + 1) % args.eval_epochs == 0
         result = evaluate(run, model, val_crops, channels, args) if due else None
-        run.end_epoch(**(dict(zip(("mIoU", "mAcc", "aAcc"), result)) if result else {}))
-    result = result or evaluate(run, model, val_crops, channels, args)      # of a run that was finished before
+        run.end_epoch(**(result[0] if result else {}))
+    means, iou = result or evaluate(run, model, val_crops, channels, args)      # of a run that was finished before
     run.finish()
     if run.rank == 0:
         save_picture(picture(run, model, val_crops, channels, args), run.output / "predictions.png")
-    *means, iou = result
     iou = [None if math.isnan(value) else round(value, 2) for value in iou.tolist()]    # NaN: no pixel of that class
-    return run.report({**dict(zip(("mIoU", "mAcc", "aAcc"), (round(x, 2) for x in means))), "images": len(val_set),
+    return run.report({**{name: round(value, 2) for name, value in means.items()}, "images": len(val_set),
                        "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data,
                        "classes": dict(zip(val_set.classes, iou))})
 

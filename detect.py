@@ -67,7 +67,7 @@ except ImportError:
     COCO = None
 
 DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], fpn_channels=32, rois=32,
-            jitter=[0.7, 1.4], num_steps=625, warmup_steps=50, batch_size=8, lr=2e-3, layer_decay=0.75, drop_path=0.0,
+            jitter=[0.7, 1.4], num_steps=250, warmup_steps=25, batch_size=8, lr=2e-3, layer_decay=0.75, drop_path=0.0,
             num_workers=0, clip_grad=5.0)
 
 

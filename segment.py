@@ -41,12 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import Block, Crops, InputError, Scenes, ViT, init_linear, load_image, normalize, pair, seed_from
+from common import Block, Crops, InputError, Scenes, ViT, init_linear, load_image, normalize, pair
 from finetune import encoder_args, fill, open_encoder, param_groups
 from runs import Run, gather, launch, number, parse_args, save_picture
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
-DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], taps=[0, 1, 2, 3], head_channels=32,
+DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], head_channels=32,
             scale=[0.75, 1.5], num_steps=434, warmup_steps=40, batch_size=16, lr=2e-3, layer_decay=0.75, drop_path=0.0,
             num_workers=0)
 
@@ -338,7 +338,7 @@ class Segmenter(ViT):
         self.blocks.apply(init_linear)
         self.norm = nn.Identity()       # maps are taken before it
         self.requires_grad_(not freeze)     # what follows is new, and trains
-        self.taps = [depth - 1] if head == "linear" else taps or [depth * i // 12 - 1 for i in (4, 6, 8, 12)]
+        self.taps = [depth - 1] if head == "linear" else taps or [round(depth * i / 12) - 1 for i in (4, 6, 8, 12)]
         if sorted(set(self.taps)) != list(self.taps) or self.taps[-1] >= depth:
             raise InputError(f"taps {self.taps} must be different blocks, in ascending order, of the {depth} from 0")
         if head == "linear":
@@ -439,7 +439,7 @@ def predict(run, model, imgs, size, channels, args):
 @torch.no_grad()
 def picture(run, model, crops, channels, args, number=8):
     """Rows of a picture: validation images, their truth, and what the model says; each class has its colour."""
-    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(seed_from(7)))
+    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(105))
     colours[args.ignore] = 0
     rows = [], [], []
     model.eval()

@@ -329,7 +329,7 @@ def test_annotations_that_do_not_fit(tmp_path):
     assert "no JSON file in COCO's format" in refused(detect, tmp_path)
 
 
-@pytest.mark.parametrize("module,small", [(segment, "--head_channels 8 --taps 0 1 2 3 --batch_size 5"),
+@pytest.mark.parametrize("module,small", [(segment, "--head_channels 8 --batch_size 5"),
                                           (detect, "--fpn_channels 8 --rois 8 --batch_size 2")])
 def test_short_runs_resume(module, small, pretrained, tmp_path, monkeypatch):
     """Steps that are no multiple of an epoch. A run that is cut off before its last step and goes on gives the same

@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
 PLACES = {"what", "data", "ckpt", "output_dir", "output", "images", "runs", "_defaults"}    # where things are
 # What a script sets by another argument
 FOLLOWS = {"model": {"patch_size", "crop_scale"}, "ema": {"momentum"}, "recipe": {"lr"}}
-TWO_STEPS = {"segment": "--num_steps 2 --warmup_steps 0 --batch_size 6 --head_channels 8 --taps 0 1 2 3",
+TWO_STEPS = {"segment": "--num_steps 2 --warmup_steps 0 --batch_size 6 --head_channels 8",
              "detect": "--num_steps 2 --warmup_steps 0 --batch_size 1 --fpn_channels 8 --rois 8"}
 BASH = ('python() { printf "%q " "$@"; echo; }\n'
         'torchrun() { [ "$1 $2" = "--nproc_per_node 8" ] && python "${@:3}" || echo "wrong torchrun $*"; }\n')

@@ -1,0 +1,141 @@
+"""What pre-training gives segmentation and detection at small scale, with seeds: drawn scenes, nuclei, CamVid.
+
+    python results/dense.py --data DIR --runs SCRATCH       # runs what is missing; the same command goes on
+    python results/dense.py                                 # only the page, from the files that are there
+
+DIR holds nuclei/ (COCO's layout) and camvid/ (images/, masks/, classes.json); SCRATCH takes checkpoints. Each run's
+command, log and results go to results/dense/NAME_seedN.json, and dense.md is made from these. Run it in a clone that
+nobody edits. Encoders are trained as they are needed: the demo's with the seed of the run, the others with seed 0.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results/dense"
+
+SMALL = ("--model vit_micro --patch_size 8 --decoder_embed_dim 64 --decoder_depth 1 --decoder_num_heads 2 --batch_size 64 "
+         "--blr 8e-3 --num_workers 0")
+NUCLEI = f"mae.py --data nuclei/train {SMALL} --img_size 64 --crop_scale 0.06 1"
+ENCODERS = {
+    "demo": "mae.py --demo",
+    "nuclei": f"{NUCLEI} --epochs 240 --warmup_epochs 24",
+    "nuclei_pixels": f"{NUCLEI} --epochs 240 --warmup_epochs 24 --no-norm_pix",
+    "nuclei_long": f"{NUCLEI} --epochs 960 --warmup_epochs 96",
+    "camvid": f"mae.py --data camvid/images/train {SMALL} --img_size 64 --crop_scale 0.06 1 --epochs 240 --warmup_epochs 24"}
+DETECT = ("detect.py --data nuclei --model vit_micro --patch_size 8 --img_size 128 --window 0 --fpn_channels 32 --rois 64 "
+          "--jitter 0.5 2 --num_steps 400 --warmup_steps 40 --batch_size 8 --lr 2e-3 --drop_path 0 --clip_grad 5 "
+          "--num_workers 0")
+SEGMENT = ("segment.py --data camvid --val_split test --ignore 11 --model vit_micro --patch_size 8 --img_size 96 128 "
+           "--resize 120 --head_channels 16 --num_steps 300 --warmup_steps 30 --batch_size 8 --lr 2e-3 --drop_path 0 "
+           "--num_workers 0")
+ROWS = {  # script and flags, encoder
+    "scenes_segment_mae": ("segment.py --demo", "demo"), "scenes_segment_random": ("segment.py --demo", "none"),
+    "scenes_segment_mae_frozen": ("segment.py --demo --freeze", "demo"),
+    "scenes_segment_random_frozen": ("segment.py --demo --freeze", "none"),
+    "scenes_detect_mae": ("detect.py --demo", "demo"), "scenes_detect_random": ("detect.py --demo", "none"),
+    "nuclei_random": (DETECT, "none"), "nuclei_mae": (f"{DETECT} --layer_decay 0.75", "nuclei"),
+    "nuclei_pixels": (f"{DETECT} --layer_decay 0.75", "nuclei_pixels"),
+    "nuclei_decay": (f"{DETECT} --layer_decay 0.5", "nuclei"),
+    "nuclei_long": (f"{DETECT} --layer_decay 0.75", "nuclei_long"),
+    "camvid_random": (SEGMENT, "none"), "camvid_mae": (f"{SEGMENT} --layer_decay 0.75", "camvid")}
+GROUPS = [  # title, rows by their beginning, figures
+    ("Drawn scenes: segmentation", "scenes_segment", ("mIoU", "mAcc", "aAcc")),
+    ("Drawn scenes: detection", "scenes_detect", ("box_AP", "box_AP50", "mask_AP", "mask_AP50")),
+    ("Nuclei", "nuclei", ("box_AP", "box_AP50", "mask_AP", "mask_AP50")),
+    ("CamVid, test", "camvid", ("mIoU", "mAcc", "aAcc"))]
+LOCKS = {name: threading.Lock() for name in ENCODERS}       # an encoder is trained once
+
+
+def call(words, args, output):
+    """Runs a script in the data's folder. Raises CalledProcessError where it fails."""
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / "out.txt", "a") as file:
+        words = [ROOT / words[0], *words[1:], "--output_dir", output, "--device", "cpu"]
+        subprocess.run([sys.executable, *map(str, words)], cwd=args.data, stdout=file, stderr=file, check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def encoder_of(name, seed, args):
+    """The checkpoint of an encoder, trained if it is missing."""
+    if name == "none":
+        return "none"
+    folder = args.runs / f"encoder_{name}_seed{seed}"
+    with LOCKS[name]:
+        if not (folder / "encoder.pt").exists():
+            call([*ENCODERS[name].split(), "--seed", seed], args, folder)
+    return folder / "encoder.pt"
+
+
+def go(name, seed, args):
+    """One run, unless its file is there."""
+    script, encoder = ROWS[name]
+    path, folder = RESULTS / f"{name}_seed{seed}.json", args.runs / f"{name}_seed{seed}"
+    if path.exists():
+        return
+    ckpt = encoder_of(encoder, seed if encoder == "demo" else 0, args)
+    call([*script.split(), "--ckpt", ckpt, "--seed", seed], args, folder)
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    result = {key: value for key, value in json.loads((folder / "result.json").read_text()).items()
+              if key not in ("ckpt", "data", "args")}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = {"command": f"{script} --seed {seed}", "encoder": ENCODERS.get(encoder, "none"), "commit": commit,
+             "result": result, "log": log}
+    path.write_text(json.dumps(found) + "\n")
+    print(name, seed, *(f"{key} {value}" for key, value in result.items() if isinstance(value, float)), flush=True)
+
+
+def page():
+    """The text of dense.md."""
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*_seed?.json"))}
+    lines = ["# Segmentation and detection at small scale", "",
+             "ViT-Micro (0.8 M parameters) on CPUs, by [`dense.py`](dense.py); accuracies in %, after the last step: the mean, and each "
+             "seed's. *Random*: the encoder starts from random weights and trains without layer-wise decay. *Frozen*: only "
+             "what is new trains. Encoders were pre-trained with MAE on the same images."]
+    for title, beginning, figures in GROUPS:
+        lines += ["", f"## {title}", "", f"| | seeds | {' | '.join(figures)} | minutes |", "|---" * (3 + len(figures)) + "|"]
+        commands = []
+        for name in (name for name in ROWS if name.startswith(beginning)):
+            runs = [file for stem, file in files.items() if stem[:-6] == name]
+            if not runs:
+                lines.append(f"| {name} | not run |{' – |' * (1 + len(figures))}")
+                continue
+            cells = [show([run["result"][figure] for run in runs]) for figure in figures]
+            minutes = [sum(line["seconds"] for line in run["log"]) / 60 for run in runs]
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {np.mean(minutes):.0f} |")
+            encoder = f"; encoder: `{runs[0]['encoder']}`" if runs[0]["encoder"] != "none" else ""
+            commands.append(f"- {name}: `{runs[0]['command'].rpartition(' --seed')[0]}`{encoder}")
+        lines += ["", *commands]
+    return "\n".join(lines) + "\n"
+
+
+def show(values):
+    """A mean, and each value where there are several."""
+    each = f" ({' / '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{each}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    if args.data:
+        args.data, args.runs = args.data.resolve(), args.runs.resolve()
+        plan = [(name, seed, args) for seed in args.seeds for name in args.rows]
+        ThreadPool(args.jobs).starmap(go, plan, chunksize=1)
+    (ROOT / "results/dense.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()

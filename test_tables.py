@@ -4,6 +4,7 @@
 """
 import csv
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -362,12 +363,29 @@ def test_conversions_of_the_docs(folder, pretrained, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Claims with seeds, and small weights
 # ---------------------------------------------------------------------------------------------------------------------
-def claims():
+def program(name):
+    """A program of results/, as a module."""
     sys.path.insert(0, str(ROOT / "results"))
     try:
-        return module("claims")
+        return module(name)
     finally:
         sys.path.pop(0)
+
+
+def claims():
+    return program("claims")
+
+
+def test_dense_transfer_comes_from_committed_files():
+    """The page of dense transfer; each file's command is its row's, and its figures are those of the last epoch."""
+    dense = program("dense")
+    assert (ROOT / "results/dense.md").read_text() == dense.page()
+    for path in (ROOT / "results/dense").glob("*.json"):
+        run, (words, encoder) = json.loads(path.read_text()), dense.ROWS[path.stem[:-6]]
+        assert run["command"] == f"{words} --seed {path.stem[-1]}"
+        assert run["encoder"] == dense.ENCODERS.get(encoder, "none")
+        for name, value in run["result"].items():
+            assert value == pytest.approx(run["log"][-1].get(name, value), abs=0.006), (path.name, name)
 
 
 def test_claims_come_from_committed_files():

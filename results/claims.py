@@ -245,8 +245,8 @@ def page(results):
         lines += ["", f"## {title}", "", *head, *(row_of(left.pop(name)) for name in [*filter(belongs, left)])]
     missing = [f"`{name}` has {len(runs)} of {ROWS[name][3]}" for name, runs in found.items()
                if name in ROWS and len(runs) < ROWS[name][3]]
-    lines += ["", f"Planned rows that still lack seeds: {', '.join(missing) or 'none'}."]
-    return "\n".join(lines) + "\n"
+    lines += ["", f"Planned rows that still lack seeds: {', '.join(missing) or 'none'}.", ""]
+    return "\n".join([*lines, *(f"![Linear probe against steps]({results.name}_{name}.png)" for name in PLOTS)]) + "\n"
 
 
 def card():

@@ -98,10 +98,10 @@ def page():
     """The text of dense.md."""
     lines = ["# Segmentation and detection at small scale", "",
              "ViT-Micro (0.8 M parameters) on CPUs, by [`dense.py`](dense.py). Accuracies in % after the last step: the "
-             "mean, and each seed's. *Encoder*: random weights, which train without layer-wise decay, or one pre-trained "
-             "by MAE on the same images (for the drawn scenes on `shapes`), by a command below. Rate, batch and steps of "
-             "the demos were chosen from single runs with MAE's encoder; nothing was tuned for nuclei and CamVid. Each "
-             "run's log and commit: [`dense/`](dense)."]
+             "mean, and each seed's. *Encoder*: random weights, which train without layer-wise decay, or one that MAE "
+             "trained on the same images (for the drawn scenes on `shapes`), by a command below. Rate, batch and steps "
+             "of the demos were chosen from single runs with MAE's encoder; nothing was tuned for nuclei and CamVid. "
+             "Each run's log and commit: [`dense/`](dense)."]
     for title, (command, figures, rows) in GROUPS.items():
         head = ["encoder", "added", "seeds", *figures.values(), "minutes"]
         lines += ["", f"## {title}", "", f"`{command}`", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -38,9 +38,9 @@ GROUPS = {  # title: command in DIR, figures, and rows: what each adds to the co
     "Drawn scenes: detection": ("detect.py --demo", AP, {
         "scenes_detect_mae": ("", "demo"), "scenes_detect_random": ("", "none")}),
     "Nuclei": (
-        "detect.py --data nuclei --model vit_micro --patch_size 8 --img_size 128 --window 0 --fpn_channels 32 --rois 64 "
-        "--jitter 0.5 2 --num_steps 400 --warmup_steps 40 --batch_size 8 --lr 2e-3 --drop_path 0 --clip_grad 5 "
-        "--num_workers 0", AP, {
+        "detect.py --data nuclei --model vit_micro --patch_size 8 --img_size 128 --window 0 --fpn_channels 32 "
+        "--rois 64 --jitter 0.5 2 --num_steps 400 --warmup_steps 40 --batch_size 8 --lr 2e-3 --drop_path 0 "
+        "--clip_grad 5 --num_workers 0", AP, {
             "nuclei_random": ("--layer_decay 1", "none"), "nuclei_mae": ("--layer_decay 0.75", "nuclei"),
             "nuclei_pixels": ("--layer_decay 0.75", "nuclei_pixels"),
             "nuclei_decay": ("--layer_decay 0.5", "nuclei"),
@@ -97,11 +97,11 @@ def go(name, seed, args):
 def page():
     """The text of dense.md."""
     lines = ["# Segmentation and detection at small scale", "",
-             "ViT-Micro (0.8 M parameters) on CPUs, by [`dense.py`](dense.py). Accuracies in % after the last step: the "
-             "mean, and each seed's. *Encoder*: random weights, which train without layer-wise decay, or one that MAE "
-             "trained on the same images (for the drawn scenes on `shapes`), by a command below. Rate, batch and steps "
-             "of the demos were chosen from single runs with MAE's encoder; nothing was tuned for nuclei and CamVid. "
-             "Each run's log and commit: [`dense/`](dense)."]
+             "ViT-Micro (0.8 M parameters) on CPUs, by [`dense.py`](dense.py). Accuracies in % after the last step: "
+             "the mean, and each seed's. *Encoder*: random weights, which train without layer-wise decay, or one "
+             "that MAE trained on the same images (for the drawn scenes on `shapes`), by a command below. Rate, "
+             "batch and steps of the demos were chosen from single runs with MAE's encoder; nothing was tuned for "
+             "nuclei and CamVid. Each run's log and commit: [`dense/`](dense)."]
     for title, (command, figures, rows) in GROUPS.items():
         head = ["encoder", "added", "seeds", *figures.values(), "minutes"]
         lines += ["", f"## {title}", "", f"`{command}`", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -23,7 +23,7 @@ Chosen where the papers are silent or differ:
 - Random weights (`--ckpt none`) train without layer-wise decay, as in finetune.py.
 - Windows have the size of the training crops, so positions are resampled once, when weights are loaded.
 
-Accuracies are not measured yet. ADE20K and GPUs: not run.
+Measured on drawn scenes only (results/dense.md). ADE20K and GPUs: not run.
 """
 import argparse
 import functools

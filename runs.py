@@ -26,6 +26,7 @@ import gc
 import hashlib
 import json
 import math
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -870,4 +871,5 @@ def exit_with(parent):
     """Waits for a SIGTERM from the process `parent`, and exits."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
+    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)      # its sockets, which _exit would leave
     os._exit(0)

@@ -482,6 +482,28 @@ def test_killed_and_started_again(name, workers, folder, tmp_path, child):
     until(lambda: not run.members())
 
 
+class Slow(torch.utils.data.Dataset):
+    """Two items, the second of which takes longer than a loader waits for its workers when it is closed, 5 s."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(60 * index)
+        return torch.zeros(3)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo")
+def test_a_worker_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    loader = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=runs.leave_signals_alone,
+                                              multiprocessing_context="fork"))
+    next(loader)
+    assert list(tmp_path.iterdir())         # the socket over which it hands over tensors
+    loader._shutdown_workers()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "bad file", "success"])
 def test_nothing_is_left_behind(ending, folder, tmp_path, child):
     """Loader workers get the signal too, as from a terminal: the run still saves. No process or file outlives a run."""

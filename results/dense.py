@@ -31,6 +31,7 @@ ENCODERS = {  # commands in DIR
     "camvid": f"mae.py --data camvid/images/train {SMALL} --epochs 280 --warmup_epochs 28"}
 AP = {"box_AP": "box AP", "box_AP50": "box AP50", "mask_AP": "mask AP", "mask_AP50": "mask AP50"}
 IOU = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}
+NEW = "--model vit_micro --patch_size 8"                     # what a checkpoint knows by itself
 GROUPS = {  # title: command in DIR, figures, and rows: what each adds to the command, and its encoder
     "Drawn scenes: segmentation": ("segment.py --demo", IOU, {
         "scenes_segment_mae": ("", "demo"), "scenes_segment_random": ("", "none"),
@@ -38,19 +39,17 @@ GROUPS = {  # title: command in DIR, figures, and rows: what each adds to the co
     "Drawn scenes: detection": ("detect.py --demo", AP, {
         "scenes_detect_mae": ("", "demo"), "scenes_detect_random": ("", "none")}),
     "Nuclei": (
-        "detect.py --data nuclei --model vit_micro --patch_size 8 --img_size 128 --window 0 --fpn_channels 32 "
-        "--rois 64 --jitter 0.5 2 --num_steps 400 --warmup_steps 40 --batch_size 8 --lr 2e-3 --drop_path 0 "
-        "--clip_grad 5 --num_workers 0", AP, {
-            "nuclei_random": ("--layer_decay 1", "none"), "nuclei_mae": ("--layer_decay 0.75", "nuclei"),
+        "detect.py --data nuclei --img_size 128 --window 0 --fpn_channels 32 --rois 64 --jitter 0.5 2 --num_steps 400 "
+        "--warmup_steps 40 --batch_size 8 --lr 2e-3 --drop_path 0 --clip_grad 5 --num_workers 0", AP, {
+            "nuclei_random": (f"{NEW} --layer_decay 1", "none"), "nuclei_mae": ("--layer_decay 0.75", "nuclei"),
             "nuclei_pixels": ("--layer_decay 0.75", "nuclei_pixels"),
             "nuclei_decay": ("--layer_decay 0.5", "nuclei"),
             "nuclei_long": ("--layer_decay 0.75", "nuclei_long")}),
     "CamVid's test images": (
-        "segment.py --data camvid --val_split test --ignore 11 --model vit_micro --patch_size 8 --img_size 96 128 "
-        "--resize 120 --head_channels 32 --num_steps 300 --warmup_steps 30 --batch_size 8 --lr 5e-3 --drop_path 0 "
-        "--num_workers 0", IOU, {
-            "camvid_random": ("--layer_decay 1", "none"), "camvid_mae": ("--layer_decay 0.75", "camvid"),
-            "camvid_random_frozen": ("--freeze", "none"), "camvid_mae_frozen": ("--freeze", "camvid")})}
+        "segment.py --data camvid --val_split test --ignore 11 --img_size 96 128 --resize 120 --head_channels 32 "
+        "--num_steps 300 --warmup_steps 30 --batch_size 8 --lr 5e-3 --drop_path 0 --num_workers 0", IOU, {
+            "camvid_random": (f"{NEW} --layer_decay 1", "none"), "camvid_mae": ("--layer_decay 0.75", "camvid"),
+            "camvid_random_frozen": (f"{NEW} --freeze", "none"), "camvid_mae_frozen": ("--freeze", "camvid")})}
 ROWS = {name: (f"{command} {added}".strip(), encoder) for command, _, rows in GROUPS.values()
         for name, (added, encoder) in rows.items()}
 LOCKS = {name: threading.Lock() for name in ENCODERS}       # an encoder is trained once

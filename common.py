@@ -477,7 +477,9 @@ class Scenes(Dataset):
     """
     classes = ["disc", "square", "diamond", "triangle"]
 
-    def __init__(self, split):
+    def __init__(self, split, in_chans=3):
+        if in_chans != 3:
+            raise InputError(f"'scenes' has RGB images, and in_chans is {in_chans}")
         count, stream = (200, 3) if split == "val" else (1000, 2)
         self.items = [draw_scene(np.random.RandomState([stream, i])) for i in range(count)]
 

@@ -52,6 +52,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image, masks_to_boxes, remove_small_boxes
+from torchvision.ops.poolers import initLevelMapper
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common import Block, InputError, Scenes, ViT, init_linear, load_image, normalize
@@ -67,8 +68,8 @@ except ImportError:
     COCO = None
 
 DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], fpn_channels=32, rois=32,
-            jitter=[0.7, 1.4], num_steps=250, warmup_steps=25, batch_size=8, lr=2e-3, layer_decay=0.75, drop_path=0.0,
-            num_workers=0, clip_grad=5.0)
+            jitter=[0.7, 1.4], num_steps=250, warmup_steps=25, batch_size=8, lr=2e-3, drop_path=0.0, num_workers=0,
+            clip_grad=5.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,9 @@ def get_args(argv=None):
     model.add_argument("--window", type=number(int, "[0, 16384]"), default=14,
                        help="patches a side of a window; 0: all blocks attend globally")
     model.add_argument("--fpn_channels", type=number(int, "[4, 65536]"), default=256)
+    model.add_argument("--anchor_size", type=number(int, "[1, 65536]"),
+                       help="pixels a side of the smallest anchors, about that of the smallest objects in an image that "
+                            "is scaled to --img_size (default: two patches)")
     model.add_argument("--rois", type=number(int, "[4, 65536]"), default=512,
                        help="regions of an image that the box head trains on")
     model.add_argument("--jitter", type=number(float, "(0, inf)"), nargs=2, default=[0.1, 2.0],
@@ -115,12 +119,13 @@ class CocoFolder(Dataset):
             with open(path) as file:
                 content = json.load(file)
             coco, self.dropped = check_coco(content)
+            categories = sorted(content["categories"], key=lambda c: c["id"])
+            self.classes = [c["name"] for c in categories]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"'{path}' is no JSON file in COCO's format: {error!r}") from error
         if not os.path.isdir(folder):
             raise InputError(f"no folder '{folder}' for the images of '{path}'")
-        self.categories = {c["id"]: i for i, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]), 1)}
-        self.classes = [coco.cats[number]["name"] for number in self.categories]
+        self.categories = {c["id"]: i for i, c in enumerate(categories, 1)}
         self.has_masks = all(a.get("segmentation") for a in coco.anns.values())
         self.ids, self.in_chans, self.root = sorted(coco.imgs), in_chans, os.fsencode(folder)
         self.paths = np.array([os.fsencode(os.path.join(folder, coco.imgs[i]["file_name"])) for i in self.ids])
@@ -144,7 +149,7 @@ class CocoFolder(Dataset):
                   "labels": torch.tensor([self.categories[a["category_id"]] for a in anns], dtype=torch.int64),
                   "image_id": info["id"]}
         if self.has_masks:
-            masks = [decode_mask(a["segmentation"], *size) for a in anns]
+            masks = [decode_mask(a, *size) for a in anns]
             target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
         return (img, target), None
 
@@ -162,7 +167,8 @@ def check_coco(content):
             raise ValueError(f"annotation {ann['id']} is of image {ann['image_id']} and category {ann['category_id']}, "
                              "which are not both there")
         if len(ann["bbox"]) == 4 and all(map(math.isfinite, ann["bbox"])) and min(ann["bbox"][2:]) > 0:
-            sound.append({"iscrowd": 0, "area": ann["bbox"][2] * ann["bbox"][3], **ann})
+            area = ann["bbox"][2] * ann["bbox"][3]
+            sound.append({"iscrowd": 0, "area": area, **ann, "id": 1 + len(sound)})     # pycocotools: 0 is no match
     if not sound:
         raise ValueError("no annotation")
     return make_coco({**content, "annotations": sound}), len(content["annotations"]) - len(sound)
@@ -181,8 +187,8 @@ class SceneObjects(Scenes):
     """The drawn scenes, as CocoFolder's items."""
     has_masks, dropped = True, 0
 
-    def __init__(self, split):
-        super().__init__(split)
+    def __init__(self, split, in_chans=3):
+        super().__init__(split, in_chans)
         self.ids = list(range(1, 1 + len(self)))
         self.categories = {i: i for i in range(1, 1 + len(self.classes))}
         annotations = []
@@ -210,12 +216,19 @@ def encode_mask(mask):
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
-def decode_mask(segmentation, height, width):
-    """A mask (height, width) uint8 from what COCO writes: polygons, or run lengths, as numbers or packed."""
-    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    code = coco_mask.merge(segmentation) if isinstance(segmentation, list) else segmentation
-    return torch.from_numpy(coco_mask.decode(code))
+def decode_mask(ann, height, width):
+    """An annotation's mask (height, width) uint8 from what COCO writes: polygons, or run lengths, as numbers or packed.
+    Raises InputError."""
+    code = ann["segmentation"]
+    try:
+        if isinstance(code, list) or isinstance(code["counts"], list):
+            code = coco_mask.frPyObjects(code, height, width)
+        mask = coco_mask.decode(coco_mask.merge(code) if isinstance(code, list) else code)
+        if mask.shape != (height, width) or mask.max() > 1:
+            raise ValueError(f"a mask of {mask.shape[0]}×{mask.shape[1]} pixels, or run lengths that don't add up")
+    except Exception as error:      # what pycocotools raises depends on what is wrong
+        raise InputError(f"the segmentation of an object of image {ann['image_id']} cannot be used: {error!r}") from error
+    return torch.from_numpy(mask)
 
 
 def boxes_of(masks):
@@ -377,25 +390,36 @@ class ViTDet(ViT):
         return {str(i): x.float() for i, x in enumerate(maps)}
 
 
+def roi_align(levels, size, patch_size):
+    """torchvision's RoI align on maps of strides P/4, P/2, P and 2P. torchvision would guess the strides at the first
+    call, from the heights of images that may not fill their canvas."""
+    pool = MultiScaleRoIAlign(levels, size, sampling_ratio=0)
+    pool.scales = [4 / patch_size, 2 / patch_size, 1 / patch_size, 0.5 / patch_size]
+    finest = round(math.log2(patch_size / 4))           # level 2 has stride 4
+    pool.map_levels = initLevelMapper(finest, finest + 3)
+    return pool
+
+
 class Detector(nn.Module):
     """torchvision's Mask R-CNN (Faster R-CNN without masks) on ViTDet, for images that are scaled and filled up:
     torchvision's own transform is not used. It would scale small images up again, and undo the jitter."""
 
-    def __init__(self, num_classes, masks=True, rois=512, **vitdet):
+    def __init__(self, num_classes, masks=True, rois=512, anchor_size=None, **vitdet):
         super().__init__()
         backbone = ViTDet(**vitdet)
         channels, levels = backbone.out_channels, ["0", "1", "2", "3"]
         hidden = 4 * channels
-        anchors = AnchorGenerator(tuple((2 * backbone.patch_size * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        anchor_size = anchor_size or 2 * backbone.patch_size        # 32 to 512 for patches of 16
+        anchors = AnchorGenerator(tuple((anchor_size * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
         parts = dict(
             rpn_anchor_generator=anchors, rpn_head=RPNHead(channels, 3, conv_depth=2),
             rpn_pre_nms_top_n_train=min(2000, 4 * rois), rpn_pre_nms_top_n_test=min(1000, 2 * rois),
             rpn_post_nms_top_n_train=min(1000, 2 * rois), rpn_post_nms_top_n_test=min(1000, 2 * rois),
-            box_roi_pool=MultiScaleRoIAlign(levels, 7, 0), box_batch_size_per_image=rois,
+            box_roi_pool=roi_align(levels, 7, backbone.patch_size), box_batch_size_per_image=rois,
             box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], norm_layer=norm),
             box_predictor=FastRCNNPredictor(hidden, 1 + num_classes))
         if masks:
-            parts.update(mask_roi_pool=MultiScaleRoIAlign(levels, 14, 0),
+            parts.update(mask_roi_pool=roi_align(levels, 14, backbone.patch_size),
                          mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
                          mask_predictor=MaskRCNNPredictor(channels, channels, 1 + num_classes))
         self.rcnn = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
@@ -468,7 +492,7 @@ def evaluate(run, model, crops, channels):
                 if "masks" in found:
                     result["segmentation"] = encode_mask(found["masks"][i])
                 results.append(result)
-    return average_precision(source.coco, sum(gather(results), []), source.has_masks)
+    return average_precision(source.coco, sum(gather(results), []), model.rcnn.roi_heads.has_mask())
 
 
 def average_precision(coco, results, masks):
@@ -521,7 +545,7 @@ def draw(img, objects):
 def load_data(args):
     """The training and the validation set. Raises InputError where they don't fit each other."""
     if args.data == "scenes":
-        return SceneObjects("train"), SceneObjects("val")
+        return SceneObjects("train", args.in_chans), SceneObjects("val", args.in_chans)
     train, val = (CocoFolder(args.data, split, split == "val", args.in_chans) for split in ("train", "val"))
     if (train.classes, list(train.categories)) != (val.classes, list(val.categories)):
         raise InputError(f"'{args.data}': the categories of train ({len(train.classes)}) and val ({len(val.classes)}) "
@@ -546,7 +570,7 @@ def main(args):
     channels = run.channels(crops)
 
     torch.manual_seed(args.seed)                    # every process starts from the same weights
-    model = Detector(len(train_set.classes), train_set.has_masks and val_set.has_masks, args.rois,
+    model = Detector(len(train_set.classes), train_set.has_masks and val_set.has_masks, args.rois, args.anchor_size,
                      out_channels=args.fpn_channels, window=args.window, drop_path=args.drop_path, freeze=args.freeze,
                      **vit)
     if weights is not None:

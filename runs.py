@@ -550,7 +550,7 @@ def check_finite(window, model, scaler):
             raise FloatingPointError(
                 f"not finite in step {step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:g}, norm of "
                 f"the weights by now {weights:g}. The last checkpoint, if any, is from before. Resume with --amp none "
-                "or a smaller --clip_grad, or start over with a smaller --blr")
+                "or a smaller --clip_grad, or start over with a lower rate")
 
 
 def bar_seconds():

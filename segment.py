@@ -17,7 +17,8 @@ RECIPES. `--recipe sdae` is SdAE's (A.1): the rate is 4e-4.
 
 Chosen where the papers are silent or differ:
 - Images are resized so that the shorter side is --resize and the longer at most four times that (2048 × 512), times
-  0.5 to 2 in training. Brightness is multiplied, not shifted; contrast changes before saturation and hue.
+  0.5 to 2 in training. Of the photometric distortions, contrast always comes before saturation and hue, and saturation
+  is torchvision's, a blend with the grey image.
 - The loss is averaged over all pixels; those to be ignored count as 0, so that a crop without labels is no NaN.
 - With --freeze the encoder is as pre-trained: its biases and scales stay at their start, its drop path is off.
 - Random weights (`--ckpt none`) train without layer-wise decay, as in finetune.py.
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -47,8 +49,7 @@ from runs import Run, gather, launch, number, parse_args, save_picture
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
 DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], head_channels=32,
-            scale=[0.75, 1.5], num_steps=434, warmup_steps=40, batch_size=8, lr=5e-3, layer_decay=0.75, drop_path=0.0,
-            num_workers=0)
+            scale=[0.75, 1.5], num_steps=434, warmup_steps=40, batch_size=8, lr=5e-3, drop_path=0.0, num_workers=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +86,10 @@ def get_args(argv=None):
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the first must not be the larger")
     args.resize = args.resize or min(args.img_size)
     args.stride = pair(args.stride or [max(1, 2 * side // 3) for side in args.img_size])
+    if args.stride[0] > args.img_size[0] or args.stride[1] > args.img_size[1]:
+        raise InputError(f"--stride {max(args.stride)} is more than --img_size: windows would leave pixels out")
+    if args.data == "scenes" and args.val_split != "val":
+        raise InputError(f"--val_split {args.val_split}: the drawn scenes have no split but train and val")
     return args
 
 
@@ -107,9 +112,9 @@ def training_args(parser, num_steps, warmup_steps, batch_size, weight_decay, eva
 
 def finish_args(args, name, recipe):
     """Sets what the command line left open. Raises InputError where arguments don't go together."""
-    if args.ckpt == "none":
-        args.layer_decay = args.layer_decay if args.layer_decay and not args.demo else 1.0
-    fill(args, recipe)
+    demo = dict(layer_decay=0.75) if args.demo else {}
+    scratch = dict(layer_decay=1.0) if args.ckpt == "none" else {}      # random weights: nothing to preserve
+    fill(args, {**recipe, **demo, **scratch})
     if args.warmup_steps >= args.num_steps:
         raise InputError(f"--warmup_steps {args.warmup_steps} must be less than --num_steps {args.num_steps}")
     args.img_size = pair(args.img_size)
@@ -224,8 +229,14 @@ def resized(img, pixels, scale=1.0):
     return [max(1, round(side * scale)) for side in img.shape[1:]]
 
 
-PHOTOMETRIC = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})], p=0.5) for name, amount in
-                          (("brightness", 0.125), ("contrast", 0.5), ("saturation", 0.5), ("hue", 0.05))])
+def shift(img):
+    """An RGB image (3, H, W) uint8, all values shifted by a random number from -32 to 32."""
+    return (img.int() + torch.randint(-32, 33, ())).clamp(0, 255).byte()
+
+
+# Shift, factor, saturation and hue (36°), each in half of the images
+PHOTOMETRIC = v2.Compose([v2.RandomApply([change], p=0.5) for change in (
+    v2.Lambda(shift), v2.ColorJitter(brightness=0.5), v2.ColorJitter(saturation=0.5), v2.ColorJitter(hue=0.1))])
 
 
 def train_transform(sample, size, pixels, scale, ignore):
@@ -341,6 +352,7 @@ class Segmenter(ViT):
         self.taps = [depth - 1] if head == "linear" else taps or [round(depth * i / 12) - 1 for i in (4, 6, 8, 12)]
         if sorted(set(self.taps)) != list(self.taps) or self.taps[-1] >= depth:
             raise InputError(f"taps {self.taps} must be different blocks, in ascending order, of the {depth} from 0")
+        self.blocks = self.blocks[:self.taps[-1] + 1]       # later ones would get no gradient
         if head == "linear":
             self.head = nn.Sequential(nn.BatchNorm2d(dim, affine=False, eps=1e-6), nn.Conv2d(dim, num_classes, 1))
         else:
@@ -411,7 +423,8 @@ def confusion(pred, target, num_classes, ignore):
 
 
 def scores(matrix):
-    """mIoU, mAcc, aAcc and each class's IoU, in %, from a confusion matrix. A class without pixels is in no mean."""
+    """mIoU, mAcc, aAcc and each class's IoU, in %, from a confusion matrix. A class that is neither there nor predicted
+    is not in mIoU, and one that is not there is not in mAcc."""
     hits, pixels, predicted = matrix.diag().double(), matrix.sum(dim=1), matrix.sum(dim=0)
     iou = 100 * hits / (pixels + predicted - hits)
     return iou.nanmean().item(), (100 * hits / pixels).nanmean().item(), (100 * hits.sum() / pixels.sum()).item(), iou
@@ -423,6 +436,8 @@ def evaluate(run, model, crops, channels, args):
     num_classes = len(crops.source.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     model.eval()
+    for buffer in model.buffers() if run.world_size > 1 else []:
+        dist.broadcast(buffer, 0)       # BatchNorm's statistics are the first process's, as in its checkpoint
     for imgs, masks in run.once(crops, batch_size=1, progress="evaluation"):
         matrix += confusion(predict(run, model, imgs, masks.shape[1:], channels, args), masks, num_classes, args.ignore)
     *means, iou = scores(sum(gather(matrix.cpu())))
@@ -461,7 +476,7 @@ def main(args):
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
     train_set, val_set = (
-        SceneMasks(split) if args.data == "scenes" else MaskFolder(args.data, split, args.ignore, args.in_chans)
+        SceneMasks(split, args.in_chans) if args.data == "scenes" else MaskFolder(args.data, split, args.ignore, args.in_chans)
         for split in ("train", args.val_split))
     transform = functools.partial(train_transform, size=args.img_size, pixels=args.resize, scale=args.scale,
                                   ignore=args.ignore)
@@ -520,7 +535,7 @@ def main(args):
     run.finish()
     if run.rank == 0:
         save_picture(picture(run, model, val_crops, channels, args), run.output / "predictions.png")
-    iou = [None if math.isnan(value) else round(value, 2) for value in iou.tolist()]    # NaN: no pixel of that class
+    iou = [None if math.isnan(value) else round(value, 2) for value in iou.tolist()]    # NaN: not there, not predicted
     return run.report({**{name: round(value, 2) for name, value in means.items()}, "images": len(val_set),
                        "head": args.head, "freeze": args.freeze, "ckpt": args.ckpt, "data": args.data,
                        "classes": dict(zip(val_set.classes, iou))})

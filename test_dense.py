@@ -3,6 +3,7 @@
     python -m pip install pytest timm transformers torchmetrics pycocotools
     python -m pytest -q test_dense.py
 """
+import colorsys
 import json
 import tempfile
 
@@ -134,6 +135,32 @@ def test_detector_without_its_additions_is_a_plain_vit():
     assert [x.shape[-1] for x in maps.values()] == [16, 8, 4, 2, 1]
 
 
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_roi_align_knows_the_strides(patch_size):
+    """Also where the first images leave much of their canvas empty, and for strides that are no power of two. On maps
+    that hold each cell's own place, a box's mean is its centre."""
+    pool = detect.Detector(3, rois=16, out_channels=8, window=2, img_size=16 * patch_size,
+                           **{**TINY, "patch_size": patch_size}).rcnn.roi_heads.box_roi_pool
+    side = 16 * patch_size
+    maps = {}
+    for level, stride in enumerate((patch_size / 4, patch_size / 2, patch_size, patch_size * 2)):
+        x = (torch.arange(round(side / stride)) + 0.5) * stride
+        maps[str(level)] = torch.stack([x.expand(len(x), -1), x[:, None].expand(-1, len(x))])[None]
+    boxes = torch.tensor([[16.0, 24, 60, 76], [30, 40, 150, 160]])      # on the first and the second map
+    found = pool(maps, [boxes], [(side // 3, side)]).mean(dim=(2, 3))
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half_a_cell = torch.tensor([[patch_size / 8], [patch_size / 4]])        # torchvision's sampling is not aligned
+    torch.testing.assert_close(found, centre + half_a_cell, rtol=0, atol=1e-3)
+
+
+def test_taps_before_the_last_block():
+    """What no tap sees is left out, so that every parameter gets a gradient."""
+    model = segment.Segmenter(3, head_channels=8, taps=[0, 1, 2, 4], img_size=64, **{**TINY, "depth": 6})
+    assert len(model.blocks) == 5
+    sum(x.sum() for x in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_detector_gives_every_parameter_a_gradient_and_its_group():
     model = detect.Detector(3, rois=16, out_channels=8, window=2, img_size=64, **TINY).train()
     masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
@@ -185,14 +212,14 @@ def test_sliding_windows_cover_everything_once(height, width):
 
 
 def test_average_precision_equals_pycocotools(tmp_path):
-    """Truth found again is 100 %, whatever its format; a crowd's region hides what is found in it."""
+    """Truth found again is 100 %, whatever its format and numbers; a crowd's region hides what is found in it."""
     square = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
     blob = np.zeros((40, 50), np.uint8)
     blob[2:9, 35:48] = 1
     counts = np.diff(np.flatnonzero(np.diff(np.r_[2, blob.T.ravel(), 2]))).tolist()
     annotations = [
-        {"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 20], "segmentation": square},
-        {"id": 2, "image_id": 7, "category_id": 9, "bbox": [35, 2, 13, 7],
+        {"id": 0, "image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 20], "segmentation": square},
+        {"id": 0, "image_id": 7, "category_id": 9, "bbox": [35, 2, 13, 7],
          "segmentation": detect.encode_mask(torch.from_numpy(blob))},
         {"id": 3, "image_id": 7, "category_id": 3, "bbox": [35, 2, 13, 7], "iscrowd": 1, "area": 91,
          "segmentation": {"size": [40, 50], "counts": counts}},
@@ -272,6 +299,19 @@ def test_jittered_image_equals_a_loop(scale, masks):
             assert torch.equal(new["masks"][:, :width, :width], kept)
 
 
+def test_photometric_distortion():
+    """A shift by 32, then a factor of 0.5 to 1.5 without regard to the mean; hue by a tenth of the circle, 36°."""
+    torch.manual_seed(0)
+    grey, red = torch.full((3, 4, 4), 100, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)
+    red[0] = 200
+    values = torch.stack([segment.PHOTOMETRIC(grey)[0, 0, 0] for _ in range(300)])
+    assert 34 <= values.min() < 50 and 165 < values.max() <= 198 and (values == 100).sum() > 30
+    hues = [colorsys.rgb_to_hsv(*(segment.PHOTOMETRIC(red)[:, 0, 0] / 255).tolist())[0] for _ in range(300)]
+    degrees = max(360 * min(hue, 1 - hue) for hue in hues)
+    assert 30 < degrees < 39
+    assert torch.equal(red[0], torch.full((4, 4), 200, dtype=torch.uint8))
+
+
 def test_segmentation_crops_keep_image_and_mask_together():
     """A mask that is the image's red channel stays that, up to interpolation at edges; filling is to be ignored."""
     _, shown = segment.SceneMasks("val")[0][0]
@@ -313,6 +353,9 @@ def test_masks_that_do_not_fit(tmp_path):
     assert "classes.json" in refused(segment, tmp_path)
     assert "no folder" in refused(segment, tmp_path / "nowhere")
     assert "taps" in refused(segment, "scenes", "--taps", "0", "1", "2", "4")
+    assert "leave pixels out" in refused(segment, "scenes", "--stride", "65")
+    assert "no split but" in refused(segment, "scenes", "--val_split", "test")
+    assert "in_chans is 1" in refused(segment, "scenes", "--in_chans", "1")
 
 
 def test_annotations_that_do_not_fit(tmp_path):
@@ -327,6 +370,29 @@ def test_annotations_that_do_not_fit(tmp_path):
     assert "categories" in refused(detect, tmp_path)
     (tmp_path / "annotations/instances_train.json").write_text("{")
     assert "no JSON file in COCO's format" in refused(detect, tmp_path)
+    write_coco(tmp_path, {"train": [ANN], "val": [ANN]})
+    content = json.loads((tmp_path / "annotations/instances_train.json").read_text())
+    del content["categories"][0]["name"]
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
+    assert "no JSON file in COCO's format" in refused(detect, tmp_path)
+    assert "in_chans is 1" in refused(detect, "scenes", "--in_chans", "1")
+
+
+@pytest.mark.parametrize("segmentation", [
+    [[]], [[1, 2, 3, 4]], [["a", "b"] * 3], {"size": [40, 48]}, {"size": [40, 48], "counts": [-5, 1925]},
+    {"size": [20, 20], "counts": [100, 300]}, {"size": [40, 48], "counts": [10, 4000]},
+    {"size": [40, 48], "counts": "~~"}, 7])
+def test_segmentations_that_cannot_be_used(segmentation):
+    with pytest.raises(common.InputError, match="of image 3 cannot be used"):
+        detect.decode_mask({"image_id": 3, "segmentation": segmentation}, 40, 48)
+
+
+def test_one_object_without_a_segmentation_makes_it_boxes_alone(tmp_path):
+    write_coco(tmp_path, {"train": [ANN, dict(ANN, id=2, segmentation=[])], "val": [ANN]})
+    words = (f"--ckpt none --demo --device cpu --data {tmp_path} --num_steps 1 --warmup_steps 0 --batch_size 1 "
+             f"--output_dir {tmp_path}/run")
+    result = detect.main(detect.get_args(words.split()))
+    assert "box_AP" in result and "mask_AP" not in result
 
 
 @pytest.mark.parametrize("module,small", [(segment, "--head_channels 8 --batch_size 5"),

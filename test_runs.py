@@ -974,7 +974,7 @@ def test_a_run_that_diverges_stops(name, folder, tmp_path, capsys):
     assert command(name, words) == 1
     expected = (r"\.py: error: not finite in step (\d+): loss \S+, gradient norm \S+, learning rate (\S+), norm of "
                 r"the weights by now \S+\. The last checkpoint, if any, is from before\. Resume with --amp none or a "
-                r"smaller --clip_grad, or start over with a smaller --blr")
+                r"smaller --clip_grad, or start over with a lower rate")
     said = re.search(expected, capsys.readouterr().err)
     step, args = int(said[1]) - 1, module(name).get_args(words)
     if name == "finetune":

@@ -40,8 +40,8 @@ GROUPS = {  # title: command in DIR, figures, and rows: what each adds to the co
     "Drawn scenes: detection": ("detect.py --demo", AP, {
         "scenes_detect_mae": ("", "demo"), "scenes_detect_random": ("", "none")}),
     "Nuclei": (
-        "detect.py --data nuclei --img_size 128 --window 0 --fpn_channels 32 --rois 64 --jitter 0.5 2 --num_steps 400 "
-        "--warmup_steps 40 --batch_size 8 --lr 2e-3 --drop_path 0 --clip_grad 5 --num_workers 0", AP, {
+        "detect.py --data nuclei --img_size 128 --anchor_size 8 --window 0 --fpn_channels 32 --rois 64 --jitter 0.5 2 "
+        "--num_steps 800 --warmup_steps 80 --batch_size 4 --lr 1e-3 --drop_path 0 --clip_grad 5 --num_workers 0", AP, {
             "nuclei_random": (f"{NEW} --layer_decay 1", "none"), "nuclei_mae": ("--layer_decay 0.75", "nuclei"),
             "nuclei_pixels": ("--layer_decay 0.75", "nuclei_pixels"),
             "nuclei_decay": ("--layer_decay 0.5", "nuclei"),

@@ -85,8 +85,8 @@ def get_args(argv=None):
                        help="patches a side of a window; 0: all blocks attend globally")
     model.add_argument("--fpn_channels", type=number(int, "[4, 65536]"), default=256)
     model.add_argument("--anchor_size", type=number(int, "[1, 65536]"),
-                       help="pixels a side of the smallest anchors, about that of the smallest objects in an image that "
-                            "is scaled to --img_size (default: two patches)")
+                       help="pixels a side of the smallest anchors: the size of small objects where an image just fits "
+                            "into --img_size (default: two patches)")
     model.add_argument("--rois", type=number(int, "[4, 65536]"), default=512,
                        help="regions of an image that the box head trains on")
     model.add_argument("--jitter", type=number(float, "(0, inf)"), nargs=2, default=[0.1, 2.0],
@@ -227,7 +227,7 @@ def decode_mask(ann, height, width):
         if mask.shape != (height, width) or mask.max() > 1:
             raise ValueError(f"a mask of {mask.shape[0]}×{mask.shape[1]} pixels, or run lengths that don't add up")
     except Exception as error:      # what pycocotools raises depends on what is wrong
-        raise InputError(f"the segmentation of an object of image {ann['image_id']} cannot be used: {error!r}") from error
+        raise InputError(f"a segmentation of image {ann['image_id']} cannot be used: {error!r}") from error
     return torch.from_numpy(mask)
 
 

@@ -476,8 +476,8 @@ def main(args):
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
     train_set, val_set = (
-        SceneMasks(split, args.in_chans) if args.data == "scenes" else MaskFolder(args.data, split, args.ignore, args.in_chans)
-        for split in ("train", args.val_split))
+        SceneMasks(split, args.in_chans) if args.data == "scenes" else
+        MaskFolder(args.data, split, args.ignore, args.in_chans) for split in ("train", args.val_split))
     transform = functools.partial(train_transform, size=args.img_size, pixels=args.resize, scale=args.scale,
                                   ignore=args.ignore)
     crops = Pairs(train_set, transform, args.seed, args.skip_bad)

@@ -359,6 +359,7 @@ class FolderDataset(Dataset):
     (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root, in_chans=3):
+        root = os.fspath(root).rstrip(os.sep) or os.sep
         self.in_chans, self.root = in_chans, os.fsencode(root)
         tell = env_number("RANK", 0) == 0
         if tell:
@@ -379,6 +380,11 @@ class FolderDataset(Dataset):
         if (self.paths[:-1] > self.paths[1:]).any():
             order = self.paths.argsort(kind="stable")
             self.paths, self.labels = self.paths[order], self.labels[order]
+        self.first = self.dtype = None                                  # of the first image that can be read
+        for path in self.paths if in_chans != 3 or self.arrays else []:     # RGB files are all uint8
+            with contextlib.suppress(InputError):
+                self.first, self.dtype = os.fsdecode(path), load_image(os.fsdecode(path), in_chans).dtype
+                break
         if tell:
             classes = f"{len(self.classes)} classes" if self.classes else "no classes"
             print(f"{len(self.paths)} images, {classes}, in {root}", flush=True)
@@ -401,7 +407,11 @@ class FolderDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return load_image(os.fsdecode(self.paths[index]), self.in_chans), int(self.labels[index])
+        path = os.fsdecode(self.paths[index])
+        img = load_image(path, self.in_chans)
+        if self.dtype not in (None, img.dtype):     # 8 bits become 0 to 1, other values stay: one scale for all
+            raise InputError(f"{path!r} is {img.dtype}, and {self.first!r} {self.dtype}: a folder has one type")
+        return img, int(self.labels[index])
 
 
 class NamedDataset(Dataset):
@@ -421,7 +431,8 @@ class NamedDataset(Dataset):
             if dist.is_initialized() and env_number("LOCAL_RANK", 0) == 0:
                 dist.barrier()  # … until it is done
         self.name, self.images = name, ConcatDataset(parts)
-        self.classes = None if split == "pretrain" else list(parts[0].classes)
+        self.classes = None if split == "pretrain" else [
+            name if isinstance(name, str) else name[0] for name in parts[0].classes]    # imagenette: synonyms
 
     def __len__(self):
         return len(self.images)

@@ -259,6 +259,8 @@ class EfficientMAE(ViT):  # Efficient
             raise InputError(f"mask_ratio {mask_ratio} must keep and remove at least one of {self.num_patches} patches")
         self.norm_pix = norm_pix
         self.gamma = gamma
+        if p2dist == "exact" and difficulty != "p2dist":
+            raise InputError(f"p2dist exact is for --difficulty p2dist, not {difficulty}")
         if beta is not None and difficulty != "p2dist":
             raise InputError(f"beta bounds P²Dist: leave it out with --difficulty {difficulty}")
         self.beta = beta or (26 * patch_size / 16 if difficulty == "p2dist" else math.inf)

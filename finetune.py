@@ -12,7 +12,8 @@ The result is the last line printed and OUTPUT/result.json: accuracy of the last
 
 The defaults are the recipe of MAE's released code, whose authors call it "slightly different from the default baseline
 using unnormalized pixels" (its FINETUNE.md), by the encoder's size (B: up to 768 wide, L: 1024, H: 1280). --recipe
-paper is MAE's Tables 9 and 10, --recipe scratch its Table 11. Chosen where the papers are silent or differ:
+paper is MAE's Tables 9 and 10, --recipe scratch its Table 11 without the average of weights. Chosen where the papers
+are silent or differ:
 - Partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
   --epochs); 0 blocks is linear probing. In fine-tuning and partial fine-tuning the norm before the head trains.
 - SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10` (A.1), EMAE with `--recipe paper` (Section 4.2).
@@ -36,8 +37,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
-from common import (VIT_SIZES, Crops, InputError, ViT, check_vit, eval_transform, load_dataset, normalize, pair,
-                    train_transform)
+from common import (TORCHVISION_DATASETS, VIT_SIZES, Crops, InputError, ViT, check_vit, eval_transform, load_dataset,
+                    normalize, pair, train_transform)
 from runs import Run, check_alike, gather, launch, load, number, parse_args, reading
 
 RELEASED = dict(batch_size=1024, warmup_epochs=5, weight_decay=0.05, min_lr=1e-6, pool="avg", erasing=0.25,
@@ -84,7 +85,8 @@ def get_args(argv=None):
                        "(default: the recipe's; cls for linear and knn)")
     parser.add_argument("--mode", choices=["finetune", "linear", "partial", "knn", "eval"], default="finetune")
     parser.add_argument("--recipe", choices=["released", "paper", "scratch"], default="released",
-                        help="the released code's; MAE's Tables 9 and 10; its Table 11, from random weights")
+                        help="the released code's; MAE's Tables 9 and 10; its Table 11, from random weights, but "
+                        "for the average of weights")
     parser.add_argument("--blocks", type=number(int, "[0, inf)"), default=4,
                         help="partial: how many of the last blocks train")
     parser.add_argument("--classes", help="eval: a folder of class folders, or a file with a name per line, in the "
@@ -218,10 +220,11 @@ def open_encoder(args):
     if args.ckpt == "none":
         weights, vit, left_out = None, dict(VIT_SIZES[args.model or "vit_base"], in_chans=args.in_chans), 0
         vit.update(img_size=32 if args.demo else 224, patch_size=args.patch_size or vit["patch_size"])
-    elif (args.model or args.patch_size) and not args.demo:
+    elif (args.model, args.patch_size) != (("vit_micro", 4) if args.demo else (None, None)):    # --demo's, or none
         raise InputError("--model and --patch_size go with --ckpt none: a checkpoint knows its own")
     else:
         weights, vit, (mean, std), left_out = load_encoder(args.ckpt)
+        check_channels(args, vit)
         args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
     old_size, vit["img_size"] = vit["img_size"], list(pair(args.img_size or vit["img_size"]))
     check_vit(vit["img_size"], vit["patch_size"], vit["embed_dim"], vit["num_heads"])
@@ -231,6 +234,12 @@ def open_encoder(args):
     weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], old_grid, new_grid)
     weights_bytes = b"".join(value.detach().float().numpy().tobytes() for value in weights.values())
     return weights, vit, hashlib.sha256(weights_bytes).hexdigest()[:16], left_out
+
+
+def check_channels(args, vit):
+    """Raises InputError if --in_chans was given, and the checkpoint has another number."""
+    if args.in_chans not in (args._defaults["in_chans"], vit["in_chans"]):
+        raise InputError(f"--in_chans {args.in_chans}: the checkpoint's images have {vit['in_chans']} channels")
 
 
 def load_classifier(path, img_size):
@@ -495,24 +504,27 @@ def score(args):
     """--mode eval: scores a classifier on a folder, without training. Writes OUTPUT/predictions.csv; returns the Run,
     top-1 and top-5 in % (None without labels) and the number of images. If a folder has only some of the classes, known
     by their names, only these are predicted, as for ImageNet-A and -R. Raises InputError."""
+    if args.model or args.patch_size or args.pool:
+        raise InputError("--model, --patch_size and --pool: --mode eval takes them from the checkpoint")
     model, vit, (mean, std), names = load_classifier(args.ckpt, args.img_size)
+    check_channels(args, vit)
     args.in_chans, args.mean, args.std = vit["in_chans"], args.mean or mean, args.std or std
     args.img_size = list(pair(vit["img_size"]))
     run = Run(args, __file__)
-    held_out = not os.path.isdir(args.data) or os.path.isdir(os.path.join(args.data, "val"))
+    named = args.data == "shapes" or args.data in TORCHVISION_DATASETS
+    held_out = named or not os.path.isdir(args.data) or os.path.isdir(os.path.join(args.data, "val"))
     images = load_dataset(args.data, "val" if held_out else "pretrain", args.data_root, args.in_chans)
     num_classes = model.head[-1].out_features if isinstance(model.head, nn.Sequential) else model.head.out_features
-    if args.classes and os.path.isdir(args.classes):
-        names = sorted(entry.name for entry in os.scandir(args.classes) if entry.is_dir())
-    elif args.classes:
-        names = Path(args.classes).read_text().split("\n")
-        names = names[:-1] if names[-1] == "" else names
+    names = read_names(args.classes) if args.classes else names
     names = names or images.classes or [str(i) for i in range(num_classes)]
     unknown = sorted(set(images.classes or []) - set(names))
     if len(names) != num_classes or unknown:
         raise InputError(f"the classifier has {num_classes} classes, and there are names of {len(names)}"
                          f"{f', without {unknown[0]} of --data' if unknown else ''}: name them by --classes")
-    kept = torch.tensor([names.index(name) for name in images.classes or names], device=run.device)
+    if images.classes and len(set(names)) < len(names):     # a folder's name would mean two outputs
+        raise InputError(f"{next(name for name in names if names.count(name) > 1)!r} is the name of several classes")
+    kept = [names.index(name) for name in images.classes] if images.classes else range(num_classes)
+    kept = torch.tensor(kept, device=run.device)
 
     crops = Crops(images, eval_transform(args.img_size))
     channels, model, found = run.channels(crops), model.to(run.device).eval(), []
@@ -525,7 +537,7 @@ def score(args):
     rows = [shares[i % len(shares)][i // len(shares)] for i in range(len(images))]
     if run.rank == 0:
         kept = kept.tolist()
-        with open(run.output / "predictions.csv", "w", newline="") as file:
+        with open(run.output / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["file", "class", "probability"])
             for i, (first, probability, _) in enumerate(rows):
@@ -534,6 +546,17 @@ def score(args):
     run.say(f"predictions: {run.output}/predictions.csv")
     top1, top5 = (100 * sum(label in first[:n] for first, _, label in rows) / len(rows) for n in (1, 5))
     return run, (top1, top5, len(rows)) if images.classes else (None, None, len(rows))
+
+
+def read_names(path):
+    """The names of classes: of the folders in a folder, or the lines of a file. Raises InputError."""
+    try:
+        if os.path.isdir(path):
+            return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        names = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--classes '{path}' cannot be read: {error}") from error
+    return names[:-1] if names[-1] == "" else names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ Chosen where the paper is silent or the released weights differ from it:
     torchrun --nproc_per_node 8 mae.py --data imagenet                # the paper's recipe, ViT-B; eight of 80 GB
 
 Measured: on `shapes`, after --demo, a linear probe gets 69.4 % (random weights 26.4; mean of three seeds); on CIFAR-10,
-after 8 epochs, 47.7 % (32.0): results/claims.md. ImageNet and GPUs: not run (the paper: 83.6 % fine-tuned,
+after 8 epochs, 47.9 % (32.0): results/claims.md. ImageNet and GPUs: not run (the paper: 83.6 % fine-tuned,
 ViT-B, 1600 epochs).
 """
 import argparse

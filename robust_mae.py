@@ -14,13 +14,14 @@ Chosen where the paper is silent:
   to H × W", no crops; Section 2.2), of pixels in [0, 1]. They are summed in integers, so that they don't depend on how
   processes share the images, and kept in the checkpoint. ε is 1e-6.
 - --target none leaves pixels in [0, 1], rgb standardises channels by ImageNet's statistics, as MAE does: with rgb,
-  --drop_edge 0 and --crop_scale 0.2 1 this is mae.py. Table 1 is --drop_edge 0, inferred from its 83.25 (Table 2's MAE
-  has 83.3). The encoder sees RGB-normalised pixels whatever the target. --no-norm_pix omits Eq. 2.
+  --drop_edge 0 and --crop_scale 0.2 1 this is mae.py. Table 1 is --drop_edge 0, inferred from its 83.25 (Table 2's MAE,
+  "our impl.", has 83.3). The encoder sees RGB-normalised pixels whatever the target. --no-norm_pix omits Eq. 2, whose
+  variance is the unbiased one, as in MAE's released code.
 - Mid-level (Section 3.4): --mid_ratio 0.25 gives 49 of the 147 removed patches, the first after the visible ones in
   shuffled order, a token of their own + position before blocks[8] of 12, counted from 0 (elsewhere two thirds of the
   depth). They pass through decoder_embed as visible ones do; the loss stays on all 147. The flag alone leaves drop edge
   and Eq. 3 on. We take Table 5, which compares with MAE, to be the tokens alone: --mid_ratio 0.25 --target rgb
-  --drop_edge 0 --crop_scale 0.2 1.
+  --drop_edge 0.
 - RandomResizedCrop scale (0.5, 1) up to ViT-B (Section 3.1, for ViT-B), MAE's (0.2, 1) above. 800 epochs.
 
     python robust_mae.py --demo                                               # one CPU core: two minutes

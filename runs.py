@@ -450,7 +450,9 @@ class Run:
             there = {**defaults, **checkpoint["args"]}
             changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
                        for name in {**here, **there} if there.get(name) != here.get(name) and name not in UNSAID}
-        if changed.keys() - MAY_CHANGE:
+        moved = {"data"} if "(" in str(here.get("images")) and "images" not in changed else set()   # the same names
+        moved |= {"ckpt"} if here.get("encoder") and "encoder" not in changed else set()
+        if changed.keys() - MAY_CHANGE - moved:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "
                              f"resume it, or {advice}")
         if type(step) is not int or not 0 < step <= self.num_steps:
@@ -829,10 +831,11 @@ def make_loader(crops, batches, num_workers, device):
     ahead = math.ceil(getattr(batches, "chunks", 1) / num_workers) + 1 if num_workers else None     # a part of a step
     if num_workers and os.path.isdir("/dev/shm"):       # in a container it may be small
         room = shutil.disk_usage("/dev/shm").free / 2 / processes
-        most = max(1, int(room / (CHUNK * crops[0, 0][0].nbytes)) - 1)
+        size = max(map(len, batches)) if isinstance(batches, list) else CHUNK       # images in one item
+        most = max(1, int(room / (size * crops[0, 0][0].nbytes)) - 1)
         if num_workers * ahead > most:
             num_workers, ahead = min(num_workers, most), max(1, most // num_workers)
-            print(f"/dev/shm has little room: {num_workers} workers, which load {ahead} × {CHUNK} images ahead")
+            print(f"/dev/shm has little room: {num_workers} workers, which load {ahead} × {size} images ahead")
     context = "fork" if num_workers and sys.platform == "linux" else None   # a fork server would not outlive a signal
     loader = iter(DataLoader(crops, batch_sampler=batches, num_workers=num_workers, collate_fn=crops.collate,
                              pin_memory=device.type == "cuda", worker_init_fn=leave_signals_alone,

@@ -117,7 +117,8 @@ def load_images(sources, number, img_size, data_root="data", in_chans=3):
         elif named or os.path.isdir(source):
             held_out = named or os.path.isdir(os.path.join(source, "val"))
             images = load_dataset(source, "val" if held_out else "pretrain", data_root, in_chans)
-            found += [images[i * len(images) // number][0] for i in range(min(number, len(images)))]
+            count = min(number, len(images))
+            found += [images[i * len(images) // count][0] for i in range(count)]
         else:
             raise InputError(f"no image, folder or data set '{source}'")
     return torch.stack([eval_transform(img_size)(img) for img in found])
@@ -289,7 +290,8 @@ def patch_losses(model, imgs, seed):
 
 
 def difficulty(args):
-    """P²Dist and the loss of each removed patch; against P²Dist, over 64 images or more, the mean loss and the same
+    """P²Dist and the loss of each removed patch; against P²Dist, over 64 images or more (all, if there are
+    fewer), the mean loss and the same
     times Eq. 2's weights d^-γ, which have a mean of 1 over an image's predicted patches (without γ of its own: 0.6)."""
     model = load_pixel_model(args.ckpt)
     if args.mask_ratio:
@@ -326,6 +328,8 @@ def difficulty(args):
         if there.sum() >= 10:                   # fewer say little
             means.append([x[there].mean().item() for x in (distance, loss, weighted)])
             print("{:>7.1f} to {:>5.1f} {:>8} {:>10.3f} {:>9.3f}".format(*edges[i:i + 2], there.sum(), *means[-1][1:]))
+    if not means:
+        raise InputError("too few patches for a curve: give more --images or --seeds")
     centres, *losses = zip(*means)
     path = str(Path(args.output).with_suffix("")) + "_curve.png"
     try:

@@ -45,6 +45,7 @@ GROUPS = {  # title: command in DIR, figures, and rows: what each adds to the co
             "nuclei_random": (f"{NEW} --layer_decay 1", "none"), "nuclei_mae": ("--layer_decay 0.75", "nuclei"),
             "nuclei_pixels": ("--layer_decay 0.75", "nuclei_pixels"),
             "nuclei_decay": ("--layer_decay 0.5", "nuclei"),
+            "nuclei_anchors": (f"{NEW} --layer_decay 1 --anchor_size 16", "none"),
             "nuclei_long": ("--layer_decay 0.75", "nuclei_long")}),
     "CamVid's test images": (
         "segment.py --data camvid --val_split test --ignore 11 --img_size 96 128 --resize 120 --head_channels 32 "

@@ -41,6 +41,7 @@ import finetune
 import mae
 import robust_mae
 import sdae
+import visualize
 from common import VIT_SIZES, InputError, ViT
 from conftest import ROOT, SCRIPTS, module, photo, small_args
 
@@ -1304,6 +1305,23 @@ def test_what_a_run_trains_on(folder, tmp_path):
     assert moved == inventory(folder / "train") and re.fullmatch(r"48 \(\w{12}\)", moved)
     copy.rename(copy.parent / "new.png")
     assert inventory(tmp_path / "moved") != moved and common.inventory(common.Shapes("val")) == "2000"
+
+
+def test_a_folder_has_one_type(tmp_path):
+    """8 bits are scaled to 0 to 1 and 16 are not, so they must not meet in one run."""
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "b.png")
+    dataset = common.FolderDataset(str(tmp_path), in_chans=1)
+    assert dataset[0][0].dtype == torch.uint8
+    with pytest.raises(InputError, match="b.png' is torch.float32, and .*a.png' torch.uint8"):
+        dataset[1]
+
+
+def test_pictures_of_a_small_folder(tmp_path):
+    for i in range(3):
+        photo(i).save(tmp_path / f"{i}.png")
+    imgs = visualize.load_images([str(tmp_path)], 64, 32)
+    assert len(imgs) == 3 and len(imgs.unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("name", common.TORCHVISION_DATASETS)

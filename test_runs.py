@@ -742,6 +742,15 @@ def test_arguments_of_another_run(pretrained, folder, tmp_path, capsys):
     assert said in capsys.readouterr().out and read(tmp_path / "moved")["step"] == 6
 
 
+def test_data_that_were_moved(folder, tmp_path, capsys):
+    """The same names in another place are the same data; other names, or a set by name, are not."""
+    cut_off("mae", 3, folder, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "moved")
+    train("mae", f"{tmp_path}/moved/", tmp_path / "run")
+    assert "although it has data " in capsys.readouterr().out and read(tmp_path / "run")["step"] == 6
+    refused(r"another run: data .*moved/ \(now shapes\)", "mae", "shapes", tmp_path / "run")
+
+
 @pytest.mark.parametrize("name, newer, given", [
     ("mae", ["in_chans", "mean", "std", "show"], ["--mean", *"111"]), ("finetune", ["beta2"], ["--beta2", "0.5"])])
 def test_arguments_set_later_are_no_change(name, newer, given, folder, tmp_path, capsys):

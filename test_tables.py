@@ -5,6 +5,7 @@
 import csv
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -82,6 +83,21 @@ def test_scoring_a_classifier(folder, pretrained, tmp_path):
     (tmp_path / "names").write_text("a\nb\n")
     with pytest.raises(InputError, match="3 classes, and there are names of 2"):
         run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")
+    (tmp_path / "names").write_text("class 1 é\nb\nclass 1 é\n")
+    with pytest.raises(InputError, match="'class 1 é' is the name of several"):
+        run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")
+    (tmp_path / "names").write_bytes(b"caf\xe9")
+    for path in (tmp_path / "names", tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="cannot be read"):
+            run_finetune(*words, "--data", tmp_path / "some", "--classes", path)
+    with pytest.raises(InputError, match="from the checkpoint"):
+        run_finetune(*words, "--data", tmp_path / "some", "--model", "vit_tiny")
+    with pytest.raises(InputError, match="checkpoint's images have 3 channels"):
+        run_finetune(*words, "--data", tmp_path / "some", "--in_chans", 1)
+    photo(2).save(os.path.join(os.fsencode(tmp_path / "none"), b"caf\xe9.png").decode("utf-8", "surrogateescape"))
+    run_finetune(*words, "--data", f"{tmp_path}/none/")
+    names = [row.split(b",")[0] for row in (tmp_path / "others/predictions.csv").read_bytes().splitlines()]
+    assert names == [b"file", b"0.png", b"caf\xe9.png"]
     with pytest.raises(InputError, match="no classifier"):
         run_finetune("--ckpt", pretrained / "encoder.pt", *words[2:], "--data", folder)
 

@@ -227,8 +227,8 @@ def page(results):
         f"commit and log: [`{results.name}/`]({results.name}).", "",
         f"**The test.** Comparisons with three seeds so far: {pairs.count(3)} of {len(CLAIMS)}; with fewer, verdicts "
         "are provisional. *Short runs* have a fifth of the epochs. *Inferred*: the paper doesn't say that Table 1 is "
-        f"without drop edge. Linear probes scatter by s = {deviation:.2f} (standard deviation) about the effects of row "
-        f"and seed, in the {number} rows with three seeds ({df} degrees of freedom). A difference over n pairs "
+        f"without drop edge. Linear probes scatter by s = {deviation:.2f} (standard deviation) about the effects of "
+        f"row and seed, in the {number} rows with three seeds ({df} degrees of freedom). A difference over n pairs "
         "of seeds *shows* if it exceeds t₀.₉₇₅ · s · √(2/n), that is, if p < 0.05. One in twenty shows by chance; the "
         "table also says which still show after Holm's correction. The papers' figures are ImageNet's.", "",
         "| claim | the paper, % | here, linear probe, % | seeds | least difference that shows | p | does it show? |",

@@ -26,7 +26,7 @@ Where this differs from detectron2, in which ViTDet is published:
 - Images without boxes train too. At most 2 · --rois regions are proposed in an image, 1,000 at most.
 - Positions are resampled once, to --img_size.
 
-Measured on drawn scenes only (results/dense.md). COCO and GPUs: not run.
+Measured at small scale: drawn scenes and nuclei (results/dense.md). COCO and GPUs: not run.
 """
 import argparse
 import contextlib

@@ -24,7 +24,7 @@ Chosen where the papers are silent or differ:
 - Random weights (`--ckpt none`) train without layer-wise decay, as in finetune.py.
 - Windows have the size of the training crops, so positions are resampled once, when weights are loaded.
 
-Measured on drawn scenes only (results/dense.md). ADE20K and GPUs: not run.
+Measured at small scale: drawn scenes and CamVid (results/dense.md). ADE20K and GPUs: not run.
 """
 import argparse
 import functools

@@ -831,7 +831,7 @@ def make_loader(crops, batches, num_workers, device):
     ahead = math.ceil(getattr(batches, "chunks", 1) / num_workers) + 1 if num_workers else None     # a part of a step
     if num_workers and os.path.isdir("/dev/shm"):       # in a container it may be small
         room = shutil.disk_usage("/dev/shm").free / 2 / processes
-        size = max(map(len, batches)) if isinstance(batches, list) else CHUNK       # images in one item
+        size = max(map(len, batches), default=1) if isinstance(batches, list) else CHUNK      # images in one item
         most = max(1, int(room / (size * crops[0, 0][0].nbytes)) - 1)
         if num_workers * ahead > most:
             num_workers, ahead = min(num_workers, most), max(1, most // num_workers)

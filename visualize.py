@@ -290,8 +290,9 @@ def patch_losses(model, imgs, seed):
 
 
 def difficulty(args):
-    """P²Dist and the loss of each removed patch; against P²Dist, over 64 images or more (all of
-    them, if they are fewer), the mean loss and the same times Eq. 2's weights d^-γ, which have a mean of 1 over an image's predicted patches (without γ of its own: 0.6)."""
+    """P²Dist and the loss of each removed patch; against P²Dist, over 64 images or more (all of them, if they are
+    fewer), the mean loss and the same times Eq. 2's weights d^-γ, which have a mean of 1 over an image's predicted
+    patches (without γ of its own: 0.6)."""
     model = load_pixel_model(args.ckpt)
     if args.mask_ratio:
         set_mask_ratio(model, args.mask_ratio[0])

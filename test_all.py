@@ -1399,6 +1399,7 @@ mae --batch_size 10 --accum_iter 3: a batch of 10 images cannot be shared equall
 emae --parts 3: 16 patches cannot be cut into 3 parts
 emae --parts 2: cannot be cut into 2 parts, two of which overlap
 efficient_mae --beta 4.9: beta must be at least 5 pixels
+efficient_mae --difficulty nearest --p2dist exact: p2dist exact is for --difficulty p2dist
 efficient_mae --mask_ratio 0.95: mask_ratio 0.95 must keep and remove at least one of 16
 efficient_mae --img_size 8 --patch_size 1: patch_size at least 2
 efficient_mae --difficulty nearest --beta 8: beta bounds P²Dist: leave it out with --difficulty nearest

@@ -1331,7 +1331,7 @@ def test_named_datasets(name, monkeypatch, tmp_path):
     real, calls = getattr(torchvision.datasets, class_name), []
 
     class Stub(list):
-        classes = ["a", "b"]
+        classes = ["a", ("b", "a synonym")]
 
         def __init__(self, root, download=False, **split):
             super().__init__((photo(i, mode="L"), i % 2) for i in range(5))

@@ -748,7 +748,12 @@ def test_data_that_were_moved(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "moved")
     train("mae", f"{tmp_path}/moved/", tmp_path / "run")
     assert "although it has data " in capsys.readouterr().out and read(tmp_path / "run")["step"] == 6
-    refused(r"another run: data .*moved/ \(now shapes\)", "mae", "shapes", tmp_path / "run")
+    next((tmp_path / "moved/train").rglob("000.png")).rename(tmp_path / "moved/train/class 0 é/new.png")
+    refused(r"another run: data .*\(now .*moved\)", "mae", tmp_path / "moved", tmp_path / "run")
+    cut_off("mae", 3, "shapes", tmp_path / "named")
+    last = read(tmp_path / "named")
+    torch.save({**last, "args": {**last["args"], "data": "cifar10"}}, tmp_path / "named/last.pt")   # of equal number
+    refused(r"another run: data cifar10 \(now shapes\)", "mae", "shapes", tmp_path / "named")
 
 
 @pytest.mark.parametrize("name, newer, given", [

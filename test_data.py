@@ -186,13 +186,15 @@ class Numbers(torch.utils.data.Dataset):
     collate = staticmethod(common.Crops.collate)
 
 
-def test_workers_fit_into_shared_memory(monkeypatch, capsys):
-    """With room for few chunks there are fewer workers, and it is said; what is loaded is the same."""
-    batches = common.GlobalBatches(1000, 500, epochs=1)
-    assert batches.chunks == 8 and sum(map(len, batches)) == 1000
-    expected = [index for chunk in batches for _, index in chunk]
-    for chunks, says in ((3, "2 workers, which load 1 × 64 images"), (10**6, None)):
-        free = 2 * chunks * 64 * torch.tensor([[[0]]]).nbytes
+@pytest.mark.parametrize("size, batches", [
+    (runs.CHUNK, common.GlobalBatches(1000, 500, epochs=1)),                                    # training's chunks
+    (250, [[(0, i) for i in range(250 * n, 250 * (n + 1))] for n in range(4)])])                # evaluation's batches
+def test_workers_fit_into_shared_memory(size, batches, monkeypatch, capsys):
+    """With room for few chunks or batches there are fewer workers, and it is said; what is loaded is the same."""
+    expected = [index for batch in batches for _, index in batch]
+    assert len(expected) == 1000
+    for room, says in ((3, f"2 workers, which load 1 × {size} images"), (10**6, None)):
+        free = 2 * room * size * torch.tensor([[[0]]]).nbytes
         monkeypatch.setattr(runs.shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
         loader = runs.make_loader(Numbers(), batches, 2, torch.device("cpu"))
         assert [x.item() for imgs, _ in loader for x in imgs] == expected

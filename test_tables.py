@@ -102,6 +102,22 @@ def test_scoring_a_classifier(folder, pretrained, tmp_path):
         run_finetune("--ckpt", pretrained / "encoder.pt", *words[2:], "--data", folder)
 
 
+def test_a_folder_named_like_a_set(folder, pretrained, tmp_path, monkeypatch):
+    """`shapes` is the drawn set, whose validation part is scored, also where there is a folder of that name."""
+    run_finetune("--ckpt", pretrained / "encoder.pt", "--data", folder, "--mode", "linear", "--output_dir", tmp_path,
+                 "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 16, "--blr", 1e-2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    asked = []
+
+    def load(data, split, *rest):
+        asked.append((data, split))
+        return common.load_dataset(str(folder), split, *rest)
+    monkeypatch.setattr(finetune, "load_dataset", load)
+    run_finetune("--ckpt", "last.pt", "--mode", "eval", "--data", "shapes", "--output_dir", "scored")
+    assert asked == [("shapes", "val")]
+
+
 def test_public_classifiers_give_timms_logits(tmp_path):
     timm = pytest.importorskip("timm")
     theirs = timm.create_model("vit_base_patch16_224", num_classes=3, global_pool="avg", img_size=32, patch_size=8,

@@ -36,7 +36,9 @@ NEW = "--model vit_micro --patch_size 8"                     # what a checkpoint
 GROUPS = {  # title: command in DIR, figures, and rows: what each adds to the command, and its encoder
     "Drawn scenes: segmentation": ("segment.py --demo", IOU, {
         "scenes_segment_mae": ("", "demo"), "scenes_segment_random": ("", "none"),
-        "scenes_segment_mae_frozen": ("--freeze", "demo"), "scenes_segment_random_frozen": ("--freeze", "none")}),
+        "scenes_segment_mae_frozen": ("--freeze", "demo"), "scenes_segment_random_frozen": ("--freeze", "none"),
+        "scenes_segment_mae_linear": ("--head linear --freeze", "demo"),
+        "scenes_segment_random_linear": ("--head linear --freeze", "none")}),
     "Drawn scenes: detection": ("detect.py --demo", AP, {
         "scenes_detect_mae": ("", "demo"), "scenes_detect_random": ("", "none")}),
     "Nuclei": (

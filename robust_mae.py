@@ -29,7 +29,7 @@ Chosen where the paper is silent:
     torchrun --nproc_per_node 8 robust_mae.py --data imagenet                 # the paper's recipe, ViT-B, 800 epochs
 
 Measured: on `shapes`, after --demo, a linear probe gets 54.0 % (random weights 26.4; mean of three seeds). On CIFAR-10,
-after 8 epochs, 47.8 % (32.0): results/claims.md. ImageNet and GPUs: not run (the paper, fine-tuned: 83.6 % with
+after 8 epochs, 47.9 % (32.0): results/claims.md. ImageNet and GPUs: not run (the paper, fine-tuned: 83.6 % with
 ViT-B, 85.6 % with ViT-L, 800 epochs).
 """
 import argparse

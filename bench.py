@@ -88,7 +88,7 @@ def get_args(argv=None):
     if (args.compile or args.model_only) and (args.peers or args.loader):
         raise InputError("--compile and --model_only are for the scripts' tables (--peers shows ours both ways)")
     if args.methods[0].split()[:1] != ["mae"]:
-        raise InputError("--methods begins with mae, which the others are measured by")
+        raise InputError("--methods must begin with mae, the others' yardstick")
     for name, *flags in lines(args):
         if name not in METHODS:
             raise InputError(f"--methods: '{name}' is none of {', '.join(METHODS)}")
@@ -276,7 +276,7 @@ def peer(turns, library, words, tuned, compiled, attention="sdpa"):
 
 def measure(candidates, args):
     """Fills each candidate's `times`, seconds a step in each round."""
-    idle, steps = 2 * (args.device == "cuda"), []       # steps that begin a turn untimed: memory is had anew
+    idle, steps = 2 * (args.device == "cuda"), []       # a turn's untimed first steps reallocate memory
     for candidate in tqdm(candidates, "warming up", leave=False):
         seconds = candidate.turn(10 * idle or 2, 5 if idle else 1)      # the first compile, and fill caches
         steps.append((candidate, max(1, idle, round(args.seconds / seconds))))

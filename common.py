@@ -44,7 +44,7 @@ def env_number(name, default, least=0):
             return int(text)
     except ValueError:
         pass
-    raise InputError(f"the environment has {name}={text}, which must be an integer from {least} on")
+    raise InputError(f"the environment has {name}={text}, which must be an integer ≥ {least}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The encoder: patches + position → cls token prepended → blocks → norm.
+    """The encoder: patches → cls prepended → + position → blocks → norm.
 
     Arguments: `img_size` in pixels, a number or (height, width), divisible by `patch_size`; `drop_path` is the rate of
     the last block, rising linearly from 0 at the first. Raises InputError for sizes that don't fit. (Shapes are given
@@ -249,7 +249,7 @@ def load_dataset(data, split, data_root="data", in_chans=3):
             raise InputError(f"'{data}' has RGB images, and in_chans is {in_chans}")
         return Shapes(split) if data == "shapes" else NamedDataset(data, split, data_root)
     if not os.path.isdir(data):
-        raise InputError(f"no data at '{data}': it is no folder, and no data set's name (shapes, "
+        raise InputError(f"no data at '{data}': it is neither a folder nor a data set (shapes, "
                          f"{', '.join(TORCHVISION_DATASETS)})")
     root, train, val = data, os.path.join(data, "train"), os.path.join(data, "val")
     if split == "val":
@@ -281,7 +281,7 @@ def load_image(path, in_chans=3):
     alpha (dropped). One: greyscale files, of 8 bits as uint8, of more as float32. Any number: .npy arrays (H, W, C)
     or (H, W), uint8 as it is and other real types as float32. Raises InputError, with the path."""
     try:
-        if not os.path.isfile(path):    # a pipe, say, would be waited for
+        if not os.path.isfile(path):    # reading a pipe, say, would hang
             raise ValueError("no such file, or no regular one")
         data = read(path)
         if path.lower().endswith(".npy"):
@@ -415,7 +415,7 @@ class FolderDataset(Dataset):
 
 
 class NamedDataset(Dataset):
-    """A data set of torchvision, downloaded into `root` where it is not there yet (under torchrun by one process)."""
+    """A data set of torchvision, downloaded into `root` if it is not there (under torchrun, once per machine)."""
 
     def __init__(self, name, split, root):
         class_name, keyword, pretrain_splits, train_splits, val_split = TORCHVISION_DATASETS[name]
@@ -593,7 +593,7 @@ def eval_transform(img_size):
 
 
 def resize_and_crop(img, size):
-    """What `eval_transform` does to an image; resized by Pillow where that can (RGB), since published figures are."""
+    """What `eval_transform` does to an image; RGB is resized by Pillow, as it was for published figures."""
     longer = max(size)
     rgb = img.dtype == torch.uint8 and len(img) == 3
     x = v2.functional.to_pil_image(img) if rgb else img
@@ -706,19 +706,19 @@ def per_channel(numbers, device):
 
 
 def normalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Images (N, C, H, W) to floats: each channel (bytes: in [0, 1]) less its mean, over its standard deviation."""
+    """Images (N, C, H, W) to floats: each channel (bytes / 255) less its mean, over its standard deviation."""
     imgs = imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
     return (imgs - per_channel(tuple(mean), imgs.device)) / per_channel(tuple(std), imgs.device)
 
 
 def denormalize(imgs, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Normalised images (N, C, H, W) back to their values, bytes in [0, 1]."""
+    """Normalised images (N, C, H, W) back to their values, bytes / 255."""
     return imgs * per_channel(tuple(std), imgs.device) + per_channel(tuple(mean), imgs.device)
 
 
 def channel_statistics(crops, number=1000):
-    """Mean and standard deviation of each channel, two lists: ImageNet's for RGB files, else measured on so many crops,
-    bytes in [0, 1]: to six digits, as a resumed run must find the same. A constant channel's deviation is 1."""
+    """Mean and standard deviation of each channel, two lists: ImageNet's for RGB files, else measured on `number` crops
+    (bytes / 255), to six digits: a resumed run must find the same. A constant channel's deviation is 1."""
     if getattr(crops.source, "in_chans", 3) == 3 and not getattr(crops.source, "arrays", False):
         return [*IMAGENET_MEAN], [*IMAGENET_STD]
     generator = torch.Generator().manual_seed(seed_from(crops.seed))

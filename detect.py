@@ -17,7 +17,7 @@ proposals, RoI align and heads are torchvision's, with the four convolutions and
 
 The recipe is ViTDet's, behind EMAE's Table 3 (the rows without Cascade): 1024 × 1024 pixels, large-scale jitter 0.1 to
 2, batch 64, AdamW at 1e-4, 184,375 steps, × 0.1 at 8/9 and 26/27 of them. The papers' other tables used other recipes
-(docs/reading.md, Section 7).
+(docs/reading.md, chapter 7).
 
 Where this differs from detectron2, in which ViTDet is published:
 - torchvision's RoI align is not shifted by half a pixel (`aligned`), and box losses are smooth L1 with β = 1/9, not L1.
@@ -122,7 +122,7 @@ class CocoFolder(Dataset):
             categories = sorted(content["categories"], key=lambda c: c["id"])
             self.classes = [c["name"] for c in categories]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"'{path}' is no JSON file in COCO's format: {error!r}") from error
+            raise InputError(f"'{path}' is not JSON in COCO's format: {error!r}") from error
         if not os.path.isdir(folder):
             raise InputError(f"no folder '{folder}' for the images of '{path}'")
         self.categories = {c["id"]: i for i, c in enumerate(categories, 1)}
@@ -425,7 +425,7 @@ class Detector(nn.Module):
         self.rcnn = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
 
     def forward(self, imgs, targets, dtype=None):
-        """Normalised images (N, C, S, S), and a list of dicts with `size`: the (height, width) of each that is no
+        """Normalised images (N, C, S, S), and a list of dicts with `size`: the (height, width) of each without
         filling. In training, with `boxes`, `labels` and `masks`: a dict of losses. Else a list of dicts with `boxes`,
         `labels`, `scores` and `masks` (n, 1, 28, 28). `dtype`: autocast's, for all but proposals and heads."""
         sizes = [target["size"] for target in targets]
@@ -584,7 +584,7 @@ def main(args):
     run.resume(crops, model, optimizer, scaler, num_steps=args.num_steps, encoder=encoder, classes=train_set.classes)
     if args.compile:
         model.rcnn.backbone.compile()               # the rest has shapes that change
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     result = None

@@ -96,7 +96,7 @@ def method_args(parser):  # Efficient
                         help="standardise each patch of the target")
     method.add_argument("--gamma", type=number(float, "[0, 10]"), default=0.6, help="γ of d^-γ (Eq. 2)")
     method.add_argument("--beta", type=number(float, "(0, inf]"),
-                        help="β, pixels: harder patches are dropped; inf: none (default: 26/16 patch for p2dist)")
+                        help="β, pixels: harder patches are dropped; inf: none (default: p2dist 26/16 patches)")
     method.add_argument("--p2dist", choices=["approximate", "exact"], default="approximate",
                         help="Algorithm 1, or Eq. 1 over all pixels")
     method.add_argument("--difficulty", choices=["p2dist", "3x3", "5x5", "nearest"], default="p2dist",
@@ -237,7 +237,7 @@ def attention_padded(q, k, v, inside, slots):  # Efficient
 
 
 def ragged_attention(q, k, v, lengths, inside, slots):  # Efficient
-    """By image on a CPU, but padded where images are short and calls cost more than arithmetic, and elsewhere;
+    """By image on a CPU, unless images are so short that calls cost more than arithmetic; padded otherwise;
     arguments and result as there."""
     by_image = q.is_cpu and inside.shape[1] > 100
     return attention_by_image(q, k, v, lengths) if by_image else attention_padded(q, k, v, inside, slots)
@@ -254,7 +254,7 @@ class EfficientMAE(ViT):  # Efficient
                  gamma=0.6, beta=None, p2dist="approximate", difficulty="p2dist"):  # Efficient
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
-        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
+        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # so ratio 13/14 of 196 patches keeps 14
         if not 0 < self.len_keep < self.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} must keep and remove at least one of {self.num_patches} patches")
         self.norm_pix = norm_pix
@@ -265,7 +265,7 @@ class EfficientMAE(ViT):  # Efficient
             raise InputError(f"beta bounds P²Dist: leave it out with --difficulty {difficulty}")
         self.beta = beta or (26 * patch_size / 16 if difficulty == "p2dist" else math.inf)
         if patch_size < 2 or self.beta < patch_size / 2 + 1:            # a patch beside a visible one has d below this
-            raise InputError(f"beta must be at least {patch_size / 2 + 1:g} pixels, or no patch may be left to predict "
+            raise InputError(f"beta must be at least {patch_size / 2 + 1:g} pixels, or there may be none to predict "
                              "(patch_size at least 2)")
         self.difficulty = {"approximate": p2dist_approximate, "exact": p2dist_exact,
                            "3x3": functools.partial(neighbourhood, radius=1),
@@ -281,7 +281,7 @@ class EfficientMAE(ViT):  # Efficient
         self.initialize_weights()
 
     def initialize_weights(self):
-        """The decoder's part; the encoder's is in ViT."""
+        """All that ViT does not initialise itself."""
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
@@ -298,7 +298,7 @@ class EfficientMAE(ViT):  # Efficient
 
     def decoder_masking(self, noise):  # Efficient
         """Noise (N, L) to ids_keep (N, keep), ids_remove (N, L - keep) and, both (N, L - keep), the removed patches'
-        P²Dist and whether it is at most β: the others are too hard and stay out of the decoder (Section 4.2)."""
+        distance and whether it is finite and ≤ β: the others are too hard and stay out of the decoder (Section 4.2)."""
         ids_keep, ids_remove = random_masking(noise, self.len_keep)
         distance = self.difficulty(ids_keep, ids_remove, self.grid_size, self.patch_size)
         return ids_keep, ids_remove, distance, (distance <= self.beta) & distance.isfinite()
@@ -338,7 +338,7 @@ class EfficientMAE(ViT):  # Efficient
 
         patches (N, L, P·P·3), pred (number of easy patches, P·P·3), distance and easy (N, L - keep).
         """
-        entries = true_entries(easy, len(pred))                         # of easy, flattened, that pred is of
+        entries = true_entries(easy, len(pred))                         # where, in flattened easy, pred is
         ids = ids_remove + self.num_patches * torch.arange(len(easy), device=easy.device)[:, None]
         target = patches.flatten(0, 1).index_select(0, ids.flatten()[entries])
         if self.norm_pix:
@@ -375,7 +375,7 @@ class EfficientMAE(ViT):  # Efficient
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
     def picture(self, imgs, *channels):  # Efficient
-        """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in,
+        """Rows of a picture, each (N, 3, H, W): original, masked, and the removed patches' prediction pasted in,
         but for those that are not predicted.
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
@@ -437,7 +437,7 @@ def main(args):
     if args.compile:
         torch._dynamo.config.capture_scalar_outputs = True  # Efficient: one graph in spite of the number of tokens
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     for epoch in run.epochs():

@@ -136,7 +136,7 @@ class EMAE(ViT):  # EMAE
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
         if self.num_patches % parts or parts < (3 if consistency_weight else 2):
-            raise InputError(f"{self.num_patches} patches cannot be cut into {parts} parts, two of which overlap")
+            raise InputError(f"{parts} parts must divide {self.num_patches} patches; 2 need consistency_weight 0")
         self.norm_pix = norm_pix
         self.parts = parts
         self.consistency_weight = consistency_weight
@@ -153,7 +153,7 @@ class EMAE(ViT):  # EMAE
         self.initialize_weights()
 
     def initialize_weights(self):
-        """The decoder's part; the encoder's is in ViT."""
+        """All that ViT does not initialise itself."""
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
@@ -231,7 +231,7 @@ class EMAE(ViT):  # EMAE
         return pred.unflatten(0, (-1, self.parts)), mask.unflatten(0, (-1, self.parts))
 
     def picture(self, imgs, *channels):  # EMAE
-        """Rows of a picture, (N, 3, H, W) in [0, 1]: original; then, for each of the first four parts, masked, and the
+        """Rows of a picture, each (N, 3, H, W): original; then, for each of the first four parts, masked, and the
         removed patches' prediction pasted in (Figure 3).
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
@@ -295,7 +295,7 @@ def main(args):
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     for epoch in run.epochs():

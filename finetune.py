@@ -279,7 +279,7 @@ def resample_pos_embed(pos_embed, old_grid, new_grid):
 class Classifier(ViT):
     """The encoder with a head: Linear on the cls token after `norm` (pool="cls") or on fc_norm of the mean of the patch
     tokens (pool="avg"). `linear_probe`: features are those after `norm`, a BatchNorm without parameters precedes the
-    Linear. `train_blocks` is how many of the last blocks train, None for everything: embeddings and positions too.
+    Linear. `train_blocks` is how many of the last blocks train, None or all for everything, embeddings included.
     """
 
     def __init__(self, num_classes, pool, linear_probe=False, train_blocks=None, **vit):
@@ -334,7 +334,7 @@ def param_groups(model, weight_decay, layer_decay):
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) with momentum, as linear probing uses it: for
-    parameters of more than one dimension the update is scaled to trust · |parameter| / |update|."""
+    parameters of more than one dimension the update is scaled by trust · |parameter| / |update|."""
 
     def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
@@ -374,7 +374,7 @@ def affine(img, *matrix):
     return img.transform(img.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
-RAND_AUGMENT_OPS = {  # of an RGB PIL image, a level m in [0, 1] that grows with the change, and a random sign s
+RAND_AUGMENT_OPS = {  # of an RGB PIL image, a level m in [0, 1] that sets the change, and a random sign s
     "AutoContrast": lambda img, m, s: ImageOps.autocontrast(img),
     "Equalize": lambda img, m, s: ImageOps.equalize(img),
     "Invert": lambda img, m, s: ImageOps.invert(img),
@@ -405,7 +405,7 @@ def rand_augment(img):
 
 
 def mix(imgs, labels, num_classes, args):
-    """Random erasing of each normalised image (N, 3, H, W), then mixup or cutmix; labels become (N, classes)."""
+    """Random erasing of each image (N, 3, H, W); then mixup or cutmix, if any: labels become (N, classes)."""
     if args.erasing:
         erase = v2.RandomErasing(p=args.erasing, value="random")
         imgs = torch.stack([erase(img) for img in imgs])
@@ -446,7 +446,7 @@ def evaluate(run, model, val_set, channels):
 
 
 def hits(scores, labels):
-    """Of scores (N, classes) and labels (N,): how many are right at first, how many among the first five, and N."""
+    """Of scores (N, classes) and labels (N,): how many are right in the top 1, how many in the top 5, and N."""
     right = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()]).float()
 
@@ -519,7 +519,7 @@ def score(args):
     names = names or images.classes or [str(i) for i in range(num_classes)]
     unknown = sorted(set(images.classes or []) - set(names))
     if len(names) != num_classes or unknown:
-        raise InputError(f"the classifier has {num_classes} classes, and there are names of {len(names)}"
+        raise InputError(f"the classifier has {num_classes} classes, and there are {len(names)} names"
                          f"{f', without {unknown[0]} of --data' if unknown else ''}: name them by --classes")
     if images.classes and len(set(names)) < len(names):     # a folder's name would mean two outputs
         raise InputError(f"{next(name for name in names if names.count(name) > 1)!r} is the name of several classes")
@@ -626,11 +626,11 @@ def train(run, model, train_set, val_crops, channels, encoder, args):
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True) if regularise else LARS(groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing if regularise else 0.0)
-    run.resume(crops, model, optimizer, scaler, encoder=encoder, class_names=train_set.classes)     # the same two only
+    run.resume(crops, model, optimizer, scaler, encoder=encoder, class_names=train_set.classes)     # both must match
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     result = None

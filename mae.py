@@ -124,7 +124,7 @@ class MAE(ViT):
                  decoder_depth=8, decoder_num_heads=16, mask_ratio=0.75, norm_pix=True, in_chans=3):
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
-        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
+        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # so ratio 13/14 of 196 patches keeps 14
         if not 0 < self.len_keep < self.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} must keep and remove at least one of {self.num_patches} patches")
         self.norm_pix = norm_pix
@@ -138,7 +138,7 @@ class MAE(ViT):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """The decoder's part; the encoder's is in ViT."""
+        """All that ViT does not initialise itself."""
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
@@ -194,7 +194,7 @@ class MAE(ViT):
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
     def picture(self, imgs, *channels):
-        """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in.
+        """Rows of a picture, each (N, 3, H, W): original, masked, and the removed patches' prediction pasted in.
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
         """
@@ -253,7 +253,7 @@ def main(args):
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     for epoch in run.epochs():

@@ -155,13 +155,13 @@ def block_order(noise, grid_size, len_keep):  # Ablations
             removed[top:top + height, left:left + width] = True
         too_many = removed.sum().item() - (removed.numel() - len_keep)                   # of the last block: by noise
         last = torch.where(removed & ~before, values.view(rows, columns), 2.0)
-        removed.flatten()[last.flatten().argsort()[:too_many]] = False
+        removed.view(-1)[last.flatten().argsort()[:too_many]] = False
         keep.append((~removed).flatten())
     return random_masking(noise - torch.stack(keep).to(noise).float() * 2, len_keep)      # kept ones first
 
 
 def pca(crops, channels, patch_size, components, number=10000):  # Ablations
-    """Table 1d: the principal components (P·P·3, components) of the patches of epoch 0's crops, of so many images."""
+    """Table 1d: the principal components (P·P·3, components) of the patches of `number` of epoch 0's crops."""
     covariance, mean, count = 0.0, 0.0, 0
     generator = torch.Generator().manual_seed(seed_from(crops.seed))
     for index in torch.randperm(len(crops), generator=generator)[:number].tolist():
@@ -194,11 +194,11 @@ class AblatedMAE(ViT):  # Ablations
                  encoder_mask_tokens=False, target="pixels", components=96, loss="removed"):  # Ablations
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
-        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
+        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # so ratio 13/14 of 196 patches keeps 14
         if not 0 < self.len_keep < self.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} must keep and remove at least one of {self.num_patches} patches")
         if masking == "grid" and (any(n % 2 for n in self.grid_size) or 4 * self.len_keep != self.num_patches):
-            raise InputError("masking grid keeps one of 2×2 patches: mask_ratio 0.75, and an even grid")
+            raise InputError("masking grid keeps one of 2×2 patches: needs mask_ratio 0.75, even grid")
         if target == "pca" and not 0 < components <= patch_size**2 * in_chans:
             raise InputError(f"components must be from 1 to the {patch_size**2 * in_chans} numbers of a patch")
         self.norm_pix = norm_pix
@@ -217,7 +217,7 @@ class AblatedMAE(ViT):  # Ablations
         self.initialize_weights()
 
     def initialize_weights(self):
-        """The decoder's part; the encoder's is in ViT."""
+        """All that ViT does not initialise itself."""
         nn.init.normal_(self.mask_token, std=0.02)
         if self.encoder_mask_tokens:  # Ablations: Table 1c
             nn.init.normal_(self.encoder_mask_token, std=0.02)  # Ablations: Table 1c
@@ -225,7 +225,7 @@ class AblatedMAE(ViT):  # Ablations
             module.apply(init_linear)
 
     def mask_sampling(self, noise):  # Ablations
-        """Table 1f: noise (N, L) to ids_keep and ids_remove as the function of that name."""
+        """Table 1f: noise (N, L) to ids_keep and ids_remove, as `random_masking` gives."""
         if self.masking == "block":
             return block_order(noise, self.grid_size, self.len_keep)
         if self.masking == "grid":
@@ -293,7 +293,7 @@ class AblatedMAE(ViT):  # Ablations
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
     def picture(self, imgs, *channels):
-        """Rows of a picture, (N, 3, H, W) in [0, 1]: original, masked, and the removed patches' prediction pasted in.
+        """Rows of a picture, each (N, 3, H, W): original, masked, and the removed patches' prediction pasted in.
 
         A per-patch-standardised prediction has no mean and scale of its own: they are the original patch's.
         """
@@ -356,7 +356,7 @@ def main(args):
     run.say(f"learning rate {args.blr:g} · {args.batch_size} / 256 = {args.blr * args.batch_size / 256:g}")
     if args.compile:
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     for epoch in run.epochs():

@@ -83,7 +83,7 @@ def parse_args(parser, argv=None, demo=None):
     data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
     data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
     data.add_argument("--in_chans", type=number(int, "[1, 1024]"), default=3, help="channels of the images")
-    data.add_argument("--mean", type=float, nargs="+", help="of each channel, bytes in [0, 1] (default: ImageNet's for "
+    data.add_argument("--mean", type=float, nargs="+", help="of each channel, bytes / 255 (default: ImageNet's for "
                       "RGB files, else measured on 1,000 images)")
     data.add_argument("--std", type=number(float, "(0, inf)"), nargs="+", help="the same")
     data.add_argument("--show", type=number(int, "[0, 1023]"), nargs=3, default=[0, 1, 2], help="channels in pictures")
@@ -91,14 +91,14 @@ def parse_args(parser, argv=None, demo=None):
     data.add_argument("--skip_bad", type=number(int, "[0, inf)"), default=0, help="replace at most this many bad files")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", help="for checkpoints, log and picture (default: runs/SCRIPT)")
+    run.add_argument("--output_dir", help="for all output (default: runs/SCRIPT, or beside --ckpt)")
     run.add_argument("--no_resume", action="store_true", help="start over even if output_dir holds a last.pt")
     run.add_argument("--save_minutes", type=number(float, "(0, inf]"), default=30,
                      help="minutes between checkpoints; also saved every epoch")
     run.add_argument("--seed", type=number(int, "[0, 4294967296)"), default=0)
     run.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the first one available")
     run.add_argument("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
-                     help="auto: bf16 if the hardware has it, else fp16 on a GPU, else none")
+                     help="auto: bf16 if CPU or CUDA has it, else fp16 on CUDA, else none")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
     run.add_argument("--demo", action="store_true", help="small everything, on drawn images")
 
@@ -125,12 +125,12 @@ def launch(main, get_args):
         if text is None:
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)              # what the first process meets as well, it says alone: torchrun ends this one
+            time.sleep(10)              # an error that rank 0 meets too, it alone reports: torchrun ends this process
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)     # clears the bar
     except SystemExit as stop:
         code = stop.code
-    # By now what main held is freed: the loader, whose threads would print tracebacks of their own, and DDP. If that
-    # outlived the process group, it would free it under Python's lock, where gloo's threads can wait forever
+    # By now what main held is freed: the loader, whose threads would print tracebacks of their own, and DDP, which,
+    # outliving the process group, would free it under Python's lock, where gloo's threads can wait forever
     if dist.is_initialized() and not failed:        # else others may still wait for this process
         dist.destroy_process_group()
     sys.exit(code)
@@ -197,7 +197,7 @@ class Run:
         return args.mean, args.std
 
     def resume(self, crops, model, optimizer, scaler, init_from=None, num_steps=None, **recipe):
-        """Restores model, optimiser (its rate still 0) and scaler from OUTPUT/last.pt. If there is none a new run
+        """Restores model, optimiser (made with lr=0.0) and scaler from OUTPUT/last.pt. If there is none a new run
         begins, from the weights of the checkpoint `init_from` if given. `num_steps`: how long it is, instead of
         --epochs; the last epoch may then be cut short.
 
@@ -266,7 +266,7 @@ class Run:
                 raise RuntimeError("every turn of run.steps() must end with run.end_step(grad_norm)")
 
     def parts(self):
-        """The --accum_iter parts of a step: this process's images, uint8 (B, C, H, W), and labels (B,), on the device.
+        """The --accum_iter parts of a step: this process's images, (B, C, H, W), and labels (B,), on the device.
 
         Torch's generators are seeded by the step, the part and the process, so that masks and dropout are the same in a
         run that was never cut off, and there is no random state to save.
@@ -313,7 +313,7 @@ class Run:
             self._stop(request)
 
     def examples(self, number=8):
-        """A few images of epoch 0, uint8 (number, C, H, W), for a picture: the same in every epoch, and so, by the seed
+        """A few images of epoch 0, (number, C, H, W), for a picture: the same in every epoch, and so, by the seed
         that this sets, are their masks."""
         torch.manual_seed(seed_from(self.args.seed))
         chosen = torch.randperm(len(self._crops))[:number].tolist()
@@ -450,7 +450,7 @@ class Run:
             there = {**defaults, **checkpoint["args"]}
             changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
                        for name in {**here, **there} if there.get(name) != here.get(name) and name not in UNSAID}
-        moved = {"data"} if "(" in str(here.get("images")) and "images" not in changed else set()   # the same names
+        moved = {"data"} if "(" in str(here.get("images")) and "images" not in changed else set()   # it only moved
         moved |= {"ckpt"} if here.get("encoder") and "encoder" not in changed else set()
         if changed.keys() - MAY_CHANGE - moved:
             raise InputError(f"{path} is from another run: {', '.join(changed.values())}. Restore those values to "
@@ -461,7 +461,7 @@ class Run:
         if python == own_python and source != own_source:
             if step == self.num_steps:
                 raise InputError(f"{path} is of a finished run, and the code has changed since: {advice}")
-            changed["code"] = f"another code ({self.method}.py or common.py has changed)"
+            changed["code"] = f"other code ({self.method}.py or common.py has changed)"
         if changed:
             self.say(f"{path}: resuming, although it has {', '.join(changed.values())}")
 
@@ -485,7 +485,7 @@ def check_processes():
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1, least=1)
     if ("RANK" in os.environ or world_size > 1) and missing:
-        raise InputError(f"{', '.join(missing)} not set in the environment, RANK or WORLD_SIZE is: start several "
+        raise InputError(f"{', '.join(missing)} not set, although RANK or WORLD_SIZE is: start several "
                          "processes with torchrun")
     if rank >= world_size:
         raise InputError(f"RANK is {rank}, which must be less than WORLD_SIZE, {world_size}")
@@ -565,7 +565,7 @@ def bar_seconds():
 # ---------------------------------------------------------------------------------------------------------------------
 def take(folder, seconds=15):
     """Makes a folder and locks it for this process, until that ends: two runs would spoil each other's checkpoints.
-    Raises InputError if nothing can be written to it, and if another run keeps it for so many seconds: one that was
+    Raises InputError if nothing can be written to it, and if another run keeps it for `seconds` more: one that was
     told to stop may still be saving."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -602,10 +602,10 @@ def check_room(folder, size, resumed):
 
 def tidy_output(output, step, epochs):
     """Prepares the folder for a run that resumes at `step`, with `epochs` done: the log keeps its whole lines on those,
-    and their numbers are returned. A new run finds the folder empty: an old run's files get a time in their name."""
+    and their numbers are returned. For a new run, an old one's files get a time in their name. Raises InputError."""
     log = output / "log.jsonl"
     if step == 0:
-        while [*output.glob(f"*.{(stamp := time.strftime('%Y%m%d-%H%M%S'))}.*")]:    # a second ago it began, too
+        while [*output.glob(f"*.{(stamp := time.strftime('%Y%m%d-%H%M%S'))}.*")]:    # another began this second
             time.sleep(0.1)
         kept = output.glob("*-[0-9][0-9][0-9][0-9].pt")                              # --keep_every's
         for path in (log, *kept, *(output / name for name in ("encoder.pt", "result.json", "last.pt"))):
@@ -638,8 +638,8 @@ def check_show(show, in_chans):
 
 
 def to_rgb(imgs, originals, show):
-    """Images (N, C, H, W) as (N, 3, H, W): the channels `show`, or the first as grey; RGB also beside originals with
-    other channels. Where the originals' values leave [0, 1], their 1st to 99th percentile is shown."""
+    """Images (N, C, H, W) as (N, 3, H, W): the channels `show`, or the first as grey; images whose C
+    isn't the originals' are RGB. Where the originals' values leave [0, 1], their 1st to 99th percentile is shown."""
     channels = originals.shape[1]
     if imgs.shape[1] != channels:
         return imgs
@@ -678,14 +678,14 @@ def save(obj, path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Turns whatever is raised within, by what a file holds, into an InputError."""
+    """Turns any exception that a file's contents cause into an InputError."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:      # which, depends on what is wrong
         reason = (str(error).splitlines() or [""])[0]
-        if type(error).__name__ == "UnpicklingError":       # torch's words advise to run what the file holds
+        if type(error).__name__ == "UnpicklingError":       # torch's text advises running the file's code
             reason = "it is cut short, or holds more than tensors and plain containers"
         raise InputError(f"'{path}' cannot be used as a checkpoint ({type(error).__name__}: {reason})") from error
 
@@ -693,10 +693,10 @@ def reading(path):
 def load(path):
     """Reads a checkpoint, a dict: tensors, plain containers and argparse.Namespace; what would run code is refused, and
     so is a file with a flipped bit. Raises InputError."""
-    if not os.path.isfile(path):        # a pipe, say, would be waited for
+    if not os.path.isfile(path):        # reading a pipe, say, would hang
         raise InputError(f"no checkpoint at '{path}'")
     with reading(path), torch.serialization.safe_globals([argparse.Namespace]):
-        if zipfile.is_zipfile(path):    # what torch saved before 2020 is none
+        if zipfile.is_zipfile(path):    # torch saved no zips before 2020
             with zipfile.ZipFile(path) as file:
                 damaged = file.testzip()
             if damaged:
@@ -725,7 +725,7 @@ def load_weights(path, model):
         check_alike(path, "model", taken, needed, any_float=True)
     model.load_state_dict(taken, strict=False)
     return (f"weights from {path}: {len(taken)} tensors; {len(own) - len(taken)} that it lacks start anew, "
-            f"{len(weights) - len(taken)} that it has are not needed (fixed positions, say)")
+            f"{len(weights) - len(taken)} that it has are not taken (fixed positions, say)")
 
 
 def check_alike(path, name, there, here, any_float=False):
@@ -759,7 +759,7 @@ def leaves(tree, place):
 
 
 def make_state(optimizer):
-    """Gives an optimiser the state that it has after its first step. With no gradient and a rate of 0 nothing moves."""
+    """Gives an optimiser the state that it has after its first step. With zero gradients and rate 0, nothing moves."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -818,7 +818,7 @@ class Signals:
 
 
 def make_loader(crops, batches, num_workers, device):
-    """Iterates once over (imgs uint8 (B, C, H, W), labels (B,)), for `batches` of (epoch, index).
+    """Iterates once over (imgs (B, C, H, W), labels (B,)), for `batches` of (epoch, index).
 
     What can't be read is entered into `crops.skipped` when its batch comes up, so that it doesn't depend on how far
     ahead workers are. Raises InputError if there is more than may be skipped. `num_workers` None: this process's share

@@ -175,7 +175,7 @@ class SdAE(ViT):  # SdAE
                  teacher_input="folds", folds=3, teacher_tokens=None, cosine_over="tokens", drop_path=0.25):  # SdAE
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path=drop_path, in_chans=in_chans)
         check_vit(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
-        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # 13/14 must not lose a patch to rounding
+        self.len_keep = int(self.num_patches * (1 - mask_ratio) + 1e-6)     # so ratio 13/14 of 196 patches keeps 14
         if not 0 < self.len_keep < self.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} must keep and remove at least one of {self.num_patches} patches")
         removed = self.num_patches - self.len_keep
@@ -186,7 +186,7 @@ class SdAE(ViT):  # SdAE
         self.fold_size = {"folds": removed // folds, "crop": teacher_tokens or removed // 3}.get(teacher_input, removed)
         least = 2 if cosine_over == "tokens" else 1                     # Eq. 4: a cosine of one number is ±1
         if not least <= self.fold_size <= removed:
-            raise InputError(f"{removed} removed patches don't make folds of {self.fold_size}, of {least} or more")
+            raise InputError(f"{removed} removed patches: a fold takes {least} to {removed}, not {self.fold_size}")
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         position = sincos_pos_embed(decoder_embed_dim, self.grid_size)
@@ -199,7 +199,7 @@ class SdAE(ViT):  # SdAE
         self.teacher.load_state_dict(self.encoder_state_dict())         # starts as the student's copy
 
     def initialize_weights(self):
-        """The decoder's part; the encoder's is in ViT."""
+        """All that ViT does not initialise itself."""
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)
@@ -269,7 +269,7 @@ class SdAE(ViT):  # SdAE
         return pred.take_along_dim(ids_restore[:, :, None], dim=1), mask
 
     def picture(self, imgs, *channels):  # SdAE
-        """Rows of a picture, (N, 3, H, W) in [0, 1]: original; masked; each patch's cosine of target and prediction
+        """Rows of a picture, each (N, 3, H, W): original; masked; each patch's cosine of target and prediction
         (over features, whatever the loss) from red, the picture's lowest, to green, 1; the teacher's features and the
         prediction as the former's first three principal components in colour. Patches without a target are black."""
         noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
@@ -355,7 +355,7 @@ def main(args):
     run.say(f"teacher: momentum {args.momentum[0]:g} to {args.momentum[1]:g}, every {args.ema}")  # SdAE: Section 4.2
     if args.compile:
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     for epoch in run.epochs():

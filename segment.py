@@ -11,7 +11,7 @@ result is the last line printed and OUTPUT/result.json: mIoU, mAcc, aAcc and eac
 OUTPUT/predictions.png shows validation images, their truth, and what the model says.
 
 UperNet (Xiao et al., arXiv:1807.10221) wants a pyramid, which is made of four blocks' maps; for the transfer each block
-gets relative-position biases and a layer scale (docs/reading.md, Section 7). MAE states 100 epochs, batch 16 and a rate
+gets relative-position biases and a layer scale (docs/reading.md, chapter 7). MAE states 100 epochs, batch 16 and a rate
 that was searched for (A.4). The defaults are the public code's that reports 48.1 mIoU: 160k steps, batch 16, and
 RECIPES. `--recipe sdae` is SdAE's (A.1): the rate is 4e-4.
 
@@ -19,7 +19,7 @@ Chosen where the papers are silent or differ:
 - Images are resized so that the shorter side is --resize and the longer at most four times that (2048 × 512), times
   0.5 to 2 in training. Of the photometric distortions, contrast always comes before saturation and hue, and saturation
   is torchvision's, a blend with the grey image.
-- The loss is averaged over all pixels; those to be ignored count as 0, so that a crop without labels is no NaN.
+- The loss is averaged over all pixels; those to be ignored count as 0, so that a crop without labels isn't NaN.
 - With --freeze the encoder is as pre-trained: its biases and scales stay at their start, its drop path is off.
 - Random weights (`--ckpt none`) train without layer-wise decay, as in finetune.py.
 - Windows have the size of the training crops, so positions are resampled once, when weights are loaded.
@@ -107,7 +107,7 @@ def training_args(parser, num_steps, warmup_steps, batch_size, weight_decay, eva
                        help="rate of a block over that of the next (default: the recipe's; random weights 1)")
     optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
     optim.add_argument("--eval_epochs", type=number(int, "[1, inf)"), default=eval_epochs,
-                       help="evaluates after so many epochs, and at the end")
+                       help="epochs between evaluations; also at the end")
 
 
 def finish_args(args, name, recipe):
@@ -223,8 +223,7 @@ def mean_colour(img):
 
 
 def resized(img, pixels, scale=1.0):
-    """The size of an image whose shorter side gets so many pixels, and the longer at most 4 times that, times `scale`.
-    """
+    """The size of an image whose shorter side gets `pixels` and the longer at most 4 times that, times `scale`."""
     scale = min(pixels / min(img.shape[1:]), 4 * pixels / max(img.shape[1:])) * scale
     return [max(1, round(side * scale)) for side in img.shape[1:]]
 
@@ -234,13 +233,13 @@ def shift(img):
     return (img.int() + torch.randint(-32, 33, ())).clamp(0, 255).byte()
 
 
-# Shift, factor, saturation and hue (36°), each in half of the images
+# Brightness (a shift), contrast (a factor), saturation, hue (36°): each in half of the images
 PHOTOMETRIC = v2.Compose([v2.RandomApply([change], p=0.5) for change in (
     v2.Lambda(shift), v2.ColorJitter(brightness=0.5), v2.ColorJitter(saturation=0.5), v2.ColorJitter(hue=0.1))])
 
 
 def train_transform(sample, size, pixels, scale, ignore):
-    """An image and its mask at `size`, after random scale, crop (of ten, the first where no class has over 0.75 of the
+    """An image and its mask at `size`, after random scale, crop (of ten, the first where each class has < 0.75 of the
     pixels), flip and photometric distortion."""
     img, mask = sample
     new = resized(img, pixels, torch.empty(()).uniform_(*scale).item())
@@ -389,7 +388,7 @@ def segmentation_loss(outputs, masks, ignore):
 
 
 def learning_rate(step, args):
-    """Rate at a step: linear warm-up from 0 to lr, then linearly to 0 at the last."""
+    """Rate at a step: linear warm-up from 0 to lr, then linear to 0 at num_steps."""
     if step < args.warmup_steps:
         return args.lr * step / args.warmup_steps
     return args.lr * (args.num_steps - step) / (args.num_steps - args.warmup_steps)
@@ -445,7 +444,7 @@ def evaluate(run, model, crops, channels, args):
 
 
 def predict(run, model, imgs, size, channels, args):
-    """The class of each pixel of images (N, C, H, W), at a size (height, width) of its own."""
+    """The class of each pixel of images (N, C, H, W), resized to `size` (height, width)."""
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         logits = slide(model, normalize(imgs, *channels), args.img_size, args.stride)
     return upsample(logits, size).argmax(dim=1)
@@ -501,7 +500,7 @@ def main(args):
     run.resume(crops, model, optimizer, scaler, num_steps=args.num_steps, encoder=encoder, classes=train_set.classes)
     if args.compile:
         model.compile()
-    # On CPUs: sums in the same order in every step, also the first of a run that goes on (DDP reorders them after that)
+    # On CPUs: sums in the same order in every step, also the first of a resumed run (else DDP reorders them after it)
     net = DistributedDataParallel(model, find_unused_parameters=device.type == "cpu") if run.world_size > 1 else model
 
     result = None

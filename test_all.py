@@ -1396,8 +1396,8 @@ mae --epochs: --epochs: expected one argument
 mae --warmup_epochs 2: --warmup_epochs 2 must be less than --epochs 2
 mae --batch_size 64: 48 images are fewer than one batch of 64
 mae --batch_size 10 --accum_iter 3: a batch of 10 images cannot be shared equally by 1 process(es) × 3 accumulated
-emae --parts 3: 16 patches cannot be cut into 3 parts
-emae --parts 2: cannot be cut into 2 parts, two of which overlap
+emae --parts 3: 3 parts must divide 16 patches
+emae --parts 2: 2 need consistency_weight 0
 efficient_mae --beta 4.9: beta must be at least 5 pixels
 efficient_mae --difficulty nearest --p2dist exact: p2dist exact is for --difficulty p2dist
 efficient_mae --mask_ratio 0.95: mask_ratio 0.95 must keep and remove at least one of 16
@@ -1407,11 +1407,11 @@ robust_mae --mid_ratio 0.8: mid_ratio must be 0, or from one patch, 1/16, to mas
 robust_mae --mid_ratio 0.01: mid_ratio must be 0, or from one patch, 1/16
 robust_mae --mid_ratio 0.25 --mid_depth 4: mid_depth needs mid_ratio, and is from 0 to 3
 robust_mae --mid_depth 2: mid_depth needs mid_ratio
-sdae --folds 13: 12 removed patches don't make folds of 0
-sdae --folds 12: 12 removed patches don't make folds of 1, of 2 or more
+sdae --folds 13: 12 removed patches: a fold takes 2 to 12, not 0
+sdae --folds 12: a fold takes 2 to 12, not 1
 sdae --folds 2 --teacher_input full: --folds needs --teacher_input folds
 sdae --teacher_tokens 5: --teacher_tokens needs --teacher_input crop
-sdae --teacher_input crop --teacher_tokens 13: 12 removed patches don't make folds of 13
+sdae --teacher_input crop --teacher_tokens 13: a fold takes 2 to 12, not 13
 sdae --mask_ratio 0.99: mask_ratio 0.99 must keep and remove at least one of 16
 sdae --momentum 0.99 0.9: --momentum takes two, from and to, and must not decrease
 finetune --ckpt nothing.pt: --model and --patch_size go with --ckpt none

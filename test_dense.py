@@ -369,12 +369,12 @@ def test_annotations_that_do_not_fit(tmp_path):
     write_coco(tmp_path, {"val": [ANN]}, categories=(1, 2))
     assert "categories" in refused(detect, tmp_path)
     (tmp_path / "annotations/instances_train.json").write_text("{")
-    assert "no JSON file in COCO's format" in refused(detect, tmp_path)
+    assert "not JSON in COCO's format" in refused(detect, tmp_path)
     write_coco(tmp_path, {"train": [ANN], "val": [ANN]})
     content = json.loads((tmp_path / "annotations/instances_train.json").read_text())
     del content["categories"][0]["name"]
     (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
-    assert "no JSON file in COCO's format" in refused(detect, tmp_path)
+    assert "not JSON in COCO's format" in refused(detect, tmp_path)
     assert "in_chans is 1" in refused(detect, "scenes", "--in_chans", "1")
 
 

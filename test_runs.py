@@ -784,7 +784,7 @@ def test_code_that_has_changed(folder, tmp_path, capsys):
     refused("is of a finished run, and the code has changed since: give another --output_dir", main, *loss)
     cut_off("mae", 4, folder, tmp_path / "out", "--no_resume")
     main(*loss)
-    assert "resuming, although it has another code (mae.py or common.py has changed)" in capsys.readouterr().out
+    assert "resuming, although it has other code (mae.py or common.py has changed)" in capsys.readouterr().out
     ours, theirs = runs.code_hash(ROOT / "mae.py"), runs.code_hash(tmp_path / "mae.py")
     assert ours != theirs and ours.split()[0] == "{}.{}".format(*sys.version_info)
 
@@ -1267,12 +1267,12 @@ def test_what_one_process_meets(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("environment, said", [
-    ("WORLD_SIZE=abc", "WORLD_SIZE=abc, which must be an integer from 1 on"),
+    ("WORLD_SIZE=abc", "WORLD_SIZE=abc, which must be an integer ≥ 1"),
     ("WORLD_SIZE=0", "WORLD_SIZE=0, which must be"), ("WORLD_SIZE=-1", "WORLD_SIZE=-1, which must be"),
     ("WORLD_SIZE=2", "RANK, MASTER_ADDR, MASTER_PORT not set"),
     ("RANK=0", "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
     ("LOCAL_RANK=x", "LOCAL_RANK=x, which must be an integer"),
-    ("RANK=-1 WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1", "RANK=-1, which must be an integer from 0 on"),
+    ("RANK=-1 WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1", "RANK=-1, which must be an integer ≥ 0"),
     ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1", "RANK is 2, which must be less than WORLD_SIZE, 2")])
 def test_environments(environment, said, folder, tmp_path, monkeypatch):
     """A process would silently train on, or count, its share alone."""

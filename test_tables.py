@@ -81,7 +81,7 @@ def test_scoring_a_classifier(folder, pretrained, tmp_path):
     (tmp_path / "names").write_text("a\nb\nclass 1 é\n")
     assert run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")["images"] == 1
     (tmp_path / "names").write_text("a\nb\n")
-    with pytest.raises(InputError, match="3 classes, and there are names of 2"):
+    with pytest.raises(InputError, match="3 classes, and there are 2 names"):
         run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")
     (tmp_path / "names").write_text("class 1 é\nb\nclass 1 é\n")
     with pytest.raises(InputError, match="'class 1 é' is the name of several"):
@@ -218,7 +218,7 @@ def test_bench_of_the_encoder_alone_and_of_flags(tmp_path):
     (["--mask_ratio", "0.5"], "emae.py: unrecognized arguments: --mask_ratio 0.5"),
     (["--methods", "mae", "efficient_mae --bta 9"], "efficient_mae.py: unrecognized arguments: --bta 9"),
     (["--methods", "mae", "timm"], "--methods: 'timm' is none of mae, efficient_mae, "),
-    (["--methods", "sdae"], "--methods begins with mae")])
+    (["--methods", "sdae"], "--methods must begin with mae")])
 def test_bench_refuses(words, message):
     with pytest.raises(InputError, match=message):
         bench.get_args(words)

@@ -78,8 +78,8 @@ def load_pixel_model(path):
         name, weights = checkpoint.get("method"), checkpoint.get("model", {})
         if not any(key.startswith("decoder") for key in weights):
             raise InputError(f"'{path}' holds no decoder: --ckpt takes a script's last.pt here")
-        if name not in [path.stem for path in Path(__file__).parent.glob("*.py")
-                        if "\ndef build_model(" in path.read_text(errors="replace")]:
+        if name not in [file.stem for file in Path(__file__).parent.glob("*.py")
+                        if "\ndef build_model(" in file.read_text(errors="replace")]:
             raise InputError(f"'{path}' is of {str(name)[:50]!r}: no script here has that name and a build_model")
         script = importlib.import_module(name)
         args = argparse.Namespace(**{**vars(script.get_args([])), **checkpoint["args"]})    # newer ones: their default
@@ -176,7 +176,7 @@ HEAT = np.array([[10, 8, 40], [90, 20, 110], [190, 50, 80], [245, 130, 40], [252
 
 
 def heat(values, grid_size, low=None, high=None):
-    """Numbers a patch (L,) as a picture (3, rows, columns) in [0, 1]: dark for `low` (default: the least), bright for
+    """Patches' values (L,) as a picture (3, rows, columns) in [0, 1]: dark for `low` (default: the least), bright for
     `high` (the largest), grey for NaN."""
     values = np.asarray(values, dtype=np.float64)
     low = np.nanmin(values) if low is None else low
@@ -357,7 +357,7 @@ def distances(args):
 
 
 def curves(args):
-    """A number of the logs, epoch by epoch."""
+    """Each log's `--key`, epoch by epoch."""
     lines = {}
     for run in args.runs:
         path = Path(run) / "log.jsonl" if os.path.isdir(run) else Path(run)

@@ -112,8 +112,8 @@ def page():
              "the drawn scenes on `shapes`), by a command below. Rate, batch and steps of the demos were chosen from "
              "single runs with MAE's encoder, which may favour it; anchors, rate, batch and steps for nuclei after "
              "a first recipe that found next to nothing with either encoder; nothing was tuned for CamVid. On the "
-             "drawn scenes we aimed at a frozen MAE encoder 5 mIoU above a random one, and at an AP50 of 40. Each "
-             "run's log and commit: [`dense/`](dense)."]
+             "drawn scenes we aimed at a frozen MAE encoder 5 mIoU above a random one, and at an AP50 of 40; the "
+             "linear head was added when UperNet had given 2.6. Each run's log and commit: [`dense/`](dense)."]
     for title, (command, figures, rows) in GROUPS.items():
         head = ["encoder", "added", "seeds", *figures.values(), "minutes"]
         lines += ["", f"## {title}", "", f"`{command}`", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -33,7 +33,7 @@ Chosen where the paper is silent, or the released code differs:
 
 Measured: on `shapes`, after --demo, a linear probe gets 48.6 % (random weights 26.4; mean of three seeds). The demo
 removes half of the patches, without drop path: at the paper's settings so short a run learns little (32.5 %, seed 0).
-On CIFAR-10, after 8 epochs (--momentum 0.998 0.9995), 47.2 % (32.0): results/claims.md. ImageNet and GPUs: not
+On CIFAR-10, after 8 epochs (--momentum 0.998 0.9995), 47.0 % (32.0): results/claims.md. ImageNet and GPUs: not
 run (the paper: 84.1 % fine-tuned, 64.9 % linear, ViT-B, 300 epochs).
 """
 import argparse

@@ -31,6 +31,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -821,13 +822,17 @@ def make_loader(crops, batches, num_workers, device):
     """Iterates once over (imgs (B, C, H, W), labels (B,)), for `batches` of (epoch, index).
 
     What can't be read is entered into `crops.skipped` when its batch comes up, so that it doesn't depend on how far
-    ahead workers are. Raises InputError if there is more than may be skipped. `num_workers` None: this process's share
-    of the cores.
+    ahead workers are. Raises InputError if there is more than may be skipped, or no place for workers' sockets.
+    `num_workers` None: this process's share of the cores.
     """
     processes = env_number("LOCAL_WORLD_SIZE", 1, least=1)
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         num_workers = cores // processes
+    sockets = tempfile.gettempdir()
+    if num_workers and len(os.fsencode(f"{sockets}/pymp-12345678/listener-12345678")) > 107:   # the kernel's limit
+        raise InputError(f"loader workers keep sockets in '{sockets}', whose name is too long for that: set TMPDIR to "
+                         "another (TMPDIR=/tmp), or --num_workers 0")
     ahead = math.ceil(getattr(batches, "chunks", 1) / num_workers) + 1 if num_workers else None     # a part of a step
     if num_workers and os.path.isdir("/dev/shm"):       # in a container it may be small
         room = shutil.disk_usage("/dev/shm").free / 2 / processes

@@ -49,7 +49,7 @@ from runs import Run, gather, launch, number, parse_args, save_picture
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
 DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], head_channels=32,
-            scale=[0.75, 1.5], num_steps=434, warmup_steps=40, batch_size=8, lr=5e-3, drop_path=0.0, num_workers=0)
+            scale=[0.75, 1.5], num_steps=375, warmup_steps=40, batch_size=8, lr=5e-3, drop_path=0.0, num_workers=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

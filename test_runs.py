@@ -231,6 +231,13 @@ def child(tmp_path):
 
 
 @pytest.fixture
+def scratch():
+    """A folder for temporary files. Its name is short: sockets lie there."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def together(child):
     """Runs a script in several processes, as torchrun would; what each has said. Each must end with `code`."""
     def run(world_size, name, words, code=0, **more):
@@ -494,22 +501,21 @@ class Slow(torch.utils.data.Dataset):
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo")
-def test_a_worker_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_worker_that_is_ended_leaves_nothing(scratch, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     loader = iter(torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=runs.leave_signals_alone,
                                               multiprocessing_context="fork"))
     next(loader)
-    assert list(tmp_path.iterdir())         # the socket over which it hands over tensors
+    assert list(scratch.iterdir())          # the socket over which it hands over tensors
     loader._shutdown_workers()
-    until(lambda: not list(tmp_path.iterdir()))     # torch 2.8 doesn't wait for workers that it ends
+    until(lambda: not list(scratch.iterdir()))     # torch 2.8 doesn't wait for workers that it ends
 
 
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "bad file", "success"])
-def test_nothing_is_left_behind(ending, folder, tmp_path, child):
+def test_nothing_is_left_behind(ending, folder, tmp_path, scratch, child):
     """Loader workers get the signal too, as from a terminal: the run still saves. No process or file outlives a run."""
-    data, output, scratch = tmp_path / "images", tmp_path / "out", tmp_path / "tmp"
+    data, output = tmp_path / "images", tmp_path / "out"
     shutil.copytree(folder / "train", data)
-    scratch.mkdir()
     if ending == "bad file":
         (data / "class 0 é" / "broken.png").write_bytes(b"no image")
     words = small_args(data, output, "--num_workers", "2", "--epochs", "2" if ending == "success" else "2000")
@@ -525,6 +531,20 @@ def test_nothing_is_left_behind(ending, folder, tmp_path, child):
     assert not list(Path("/dev/shm").glob(f"torch_{run.pid}_*"))
     if ending.startswith("SIG"):
         assert f"{ending}: saving after this step" in run.said() and "stopped: saved after step" in run.said()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another limit")
+def test_a_long_name_for_temporary_files(folder, tmp_path, scratch, child):
+    """Workers' sockets have names of 107 bytes at most: with one more they would fail, and the run would wait for ever.
+    The longest name that fits trains."""
+    for length, code in ((75, 0), (76, 2)):
+        temporary = scratch / ("t" * (length - len(str(scratch)) - 1))
+        temporary.mkdir()
+        output = tmp_path / str(length)
+        run = child("mae", small_args(folder, output, "--num_workers", "1"),
+                    before=lambda: setattr(tempfile, "tempdir", str(temporary)))
+        assert run.wait() == code and run.said().count("TMPDIR=/tmp") == run.said().count(": error: ") == code / 2
+        assert "Traceback" not in run.said() and (output / "last.pt").exists() == (code == 0)
 
 
 def test_workers_leave_signals_alone(folder):

@@ -353,20 +353,43 @@ def inventory(source):
     return f"{len(source)} ({digest.hexdigest()[:12]})"
 
 
-class FolderDataset(Dataset):
+class ImageFiles(Dataset):
+    """Images in files, all of one type, as `load_image` reads them; `paths` is an array of bytes."""
+
+    def __init__(self, paths, in_chans):
+        self.paths, self.in_chans = paths, in_chans     # an array, not a list: workers share its memory
+        self.arrays = paths[0].endswith(b".npy")
+        self.first = self.dtype = None                  # of the first image that can be read
+        for path in paths if in_chans != 3 or self.arrays else []:          # RGB files are all uint8
+            with contextlib.suppress(InputError):
+                self.first, self.dtype = os.fsdecode(path), load_image(os.fsdecode(path), in_chans).dtype
+                break
+
+    def __len__(self):
+        return len(self.paths)
+
+    def load(self, index):
+        """Image `index` (in_chans, H, W). Raises InputError."""
+        path = os.fsdecode(self.paths[index])
+        img = load_image(path, self.in_chans)
+        if self.dtype not in (None, img.dtype):     # 8 bits become 0 to 1, other values stay: one scale for all
+            raise InputError(f"{path!r} is {img.dtype}, and {self.first!r} {self.dtype}: a folder has one type")
+        return img
+
+
+class FolderDataset(ImageFiles):
     """Every image below `root`, but hidden ones and reconstruction.png, a run's own; .npy arrays if there are none, or
     if `in_chans` is neither 1 nor 3. Its class is the folder of `root` that it lies in; if some image lies in none
     (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root, in_chans=3):
         root = os.fspath(root).rstrip(os.sep) or os.sep
-        self.in_chans, self.root = in_chans, os.fsencode(root)
+        self.root = os.fsencode(root)
         tell = env_number("RANK", 0) == 0
         if tell:
             print(f"listing {root} …", flush=True)
         extensions = IMG_EXTENSIONS if in_chans in (1, 3) else ()
         files = extensions and self.list_files(extensions)
-        self.arrays = not files
         files = files or self.list_files((".npy",))
         if not files:
             raise InputError(f"no image of {in_chans} channel(s) below '{root}' (looked for "
@@ -376,15 +399,11 @@ class FolderDataset(Dataset):
         self.classes = sorted(set(tops)) if self.stray is None else None
         numbers = {name: i for i, name in enumerate(self.classes or [])}
         self.labels = np.repeat([numbers.get(top, -1) for top in tops], [len(paths) for _, paths in files])
-        self.paths = np.concatenate([paths for _, paths in files])      # an array, not a list: workers share its memory
-        if (self.paths[:-1] > self.paths[1:]).any():
-            order = self.paths.argsort(kind="stable")
-            self.paths, self.labels = self.paths[order], self.labels[order]
-        self.first = self.dtype = None                                  # of the first image that can be read
-        for path in self.paths if in_chans != 3 or self.arrays else []:     # RGB files are all uint8
-            with contextlib.suppress(InputError):
-                self.first, self.dtype = os.fsdecode(path), load_image(os.fsdecode(path), in_chans).dtype
-                break
+        paths = np.concatenate([paths for _, paths in files])
+        if (paths[:-1] > paths[1:]).any():
+            order = paths.argsort(kind="stable")
+            paths, self.labels = paths[order], self.labels[order]
+        super().__init__(paths, in_chans)
         if tell:
             classes = f"{len(self.classes)} classes" if self.classes else "no classes"
             print(f"{len(self.paths)} images, {classes}, in {root}", flush=True)
@@ -403,15 +422,8 @@ class FolderDataset(Dataset):
                 files.append((folder, np.array(paths)))
         return files
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, index):
-        path = os.fsdecode(self.paths[index])
-        img = load_image(path, self.in_chans)
-        if self.dtype not in (None, img.dtype):     # 8 bits become 0 to 1, other values stay: one scale for all
-            raise InputError(f"{path!r} is {img.dtype}, and {self.first!r} {self.dtype}: a folder has one type")
-        return img, int(self.labels[index])
+        return self.load(index), int(self.labels[index])
 
 
 class NamedDataset(Dataset):

@@ -10,20 +10,21 @@ a segmentation, boxes alone are trained (Faster R-CNN). The result is the last l
 COCO's AP, AP50 and AP75 of boxes and masks, in %, by pycocotools. OUTPUT/predictions.png shows validation images, their
 truth, and what is found.
 
-ViTDet (Li et al., arXiv:2203.16527): the plain ViT attends within windows of 14 × 14 patches, but for the last block of
-each quarter, which attends globally (Section 3, "Backbone adaptation"); decomposed relative positions are added in all
-blocks. A simple feature pyramid makes strides 4 to 32 from the last map alone ("Simple feature pyramid"). Region
-proposals, RoI align and heads are torchvision's, with the four convolutions and LayerNorms of ViTDet (Appendix A.2).
+ViTDet (Li et al., arXiv:2203.16527): the plain ViT attends within windows of 14 × 14 patches, except in the last block
+of each quarter, which attends globally (Section 3, "Backbone adaptation"; of vit_micro's four blocks each is one);
+decomposed relative positions are added in all blocks. A simple feature pyramid makes strides 4 to 32 from the last map
+alone ("Simple feature pyramid"). Region proposals, RoI align and heads are torchvision's, with the four convolutions
+and LayerNorms of ViTDet (Appendix A.2).
 
 The recipe is ViTDet's, behind EMAE's Table 3 (the rows without Cascade): 1024 × 1024 pixels, large-scale jitter 0.1 to
-2, batch 64, AdamW at 1e-4, 184,375 steps, × 0.1 at 8/9 and 26/27 of them. The papers' other tables used other recipes
-(docs/reading.md, chapter 7).
+2, batch 64, AdamW at 1e-4, 184,375 steps (ViT-H: 138,281, by --num_steps), × 0.1 at 8/9 and 26/27 of them; layer decay
+and drop path go with the encoder's size. The papers' other tables used other recipes (docs/reading.md, chapter 7).
 
 Where this differs from detectron2, in which ViTDet is published:
 - torchvision's RoI align is not shifted by half a pixel (`aligned`), and box losses are smooth L1 with β = 1/9, not L1.
 - Masks are resized as bitmaps, not as polygons. As there, boxes are recomputed from the masks after the crop; where
-  there are no masks they are clipped. Images are resized with antialiasing, and filled up with their mean colour.
-- Images without boxes train too. At most 2 · --rois regions are proposed in an image, 1,000 at most.
+  there are no masks they are clipped. Images are padded with their mean colour, not ImageNet's.
+- Images without boxes train too. At most min(1000, 2 · --rois) regions are proposed in an image.
 - Positions are resampled once, to --img_size.
 
 Measured at small scale: drawn scenes and nuclei (results/dense.md). COCO and GPUs: not run.
@@ -41,7 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -55,10 +56,10 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image
 from torchvision.ops.poolers import initLevelMapper
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from common import Block, InputError, Scenes, ViT, init_linear, load_image, normalize
+from common import Block, ImageFiles, InputError, Scenes, ViT, init_linear, normalize
 from finetune import encoder_args, fill, open_encoder
 from runs import Run, gather, launch, number, parse_args, save_picture
-from segment import Pairs, fill_up, finish_args, mean_colour, resize, resize_mask, training_args
+from segment import Pairs, finish_args, mean_colour, pad_to, resize, resize_mask, training_args, visible
 
 try:
     from pycocotools import mask as coco_mask
@@ -92,10 +93,10 @@ def get_args(argv=None):
     model.add_argument("--jitter", type=number(float, "(0, inf)"), nargs=2, default=[0.1, 2.0],
                        help="scale of an image in training, 1: it just fits into --img_size")
     training_args(parser, num_steps=184375, warmup_steps=250, batch_size=64, weight_decay=0.1, eval_epochs=10)
-    args = parse_args(parser, argv, demo=DEMO)
+    args = parse_args(parser, argv, DEMO, layout="scenes, or a folder in COCO's layout")
     finish_args(args, "detect", dict(lr=1e-4))
     if args.img_size[0] != args.img_size[1]:
-        raise InputError("--img_size is one number here: images are filled up to a square")
+        raise InputError("--img_size is one number here: images are padded to a square")
     if args.jitter[0] > args.jitter[1]:
         raise InputError(f"--jitter {args.jitter[0]:g} {args.jitter[1]:g}: the first must not be the larger")
     if COCO is None:
@@ -106,10 +107,11 @@ def get_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images with annotated objects
 # ---------------------------------------------------------------------------------------------------------------------
-class CocoFolder(Dataset):
+class CocoFolder(ImageFiles):
     """Items: (image (C, H, W), target), and None. A target is a dict of `masks` (n, H, W) uint8 (if the set has masks),
     `boxes` (n, 4) float32 as x1, y1, x2, y2, `labels` (n,) from 1 on and `image_id`. In training (`crowds` false)
-    crowds are left out. `dropped` counts the broken boxes that were left out. Raises InputError."""
+    crowds are left out. `dropped` counts the broken boxes that were left out, `bare` the annotations that have no
+    segmentation: with one of these, the set has no masks. Raises InputError."""
 
     def __init__(self, root, split, crowds, in_chans=3):
         name = next((name for name in (split, f"{split}2017")
@@ -121,29 +123,28 @@ class CocoFolder(Dataset):
             coco, self.dropped = check_coco(content)
             categories = sorted(content["categories"], key=lambda c: c["id"])
             self.classes = [c["name"] for c in categories]
+            self.ids, self.root = sorted(coco.imgs), os.fsencode(folder)
+            paths = np.array([os.fsencode(os.path.join(folder, coco.imgs[i]["file_name"])) for i in self.ids])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"'{path}' is not JSON in COCO's format: {error!r}") from error
+            raise InputError(f"'{path}' cannot be read as COCO's JSON: {error!r}") from error
         if not os.path.isdir(folder):
             raise InputError(f"no folder '{folder}' for the images of '{path}'")
+        super().__init__(paths, in_chans)
         self.categories = {c["id"]: i for i, c in enumerate(categories, 1)}
-        self.has_masks = all(a.get("segmentation") for a in coco.anns.values())
-        self.ids, self.in_chans, self.root = sorted(coco.imgs), in_chans, os.fsencode(folder)
-        self.paths = np.array([os.fsencode(os.path.join(folder, coco.imgs[i]["file_name"])) for i in self.ids])
+        self.bare = sum(not a.get("segmentation") for a in coco.anns.values())
+        self.has_masks = not self.bare
         self.coco = coco if crowds else None        # what evaluation compares with
         # Each image and its annotations as text, in one array: workers share it, and would each copy Python's objects
         texts = [json.dumps([coco.imgs[i], [a for a in coco.imgToAnns[i] if crowds or not a["iscrowd"]]]).encode()
                  for i in self.ids]
         self.ends, self.texts = np.cumsum([0, *map(len, texts)]), np.frombuffer(b"".join(texts), np.uint8)
 
-    def __len__(self):
-        return len(self.ids)
-
     def __getitem__(self, index):
         info, anns = json.loads(self.texts[self.ends[index]:self.ends[index + 1]].tobytes())
-        img, size = load_image(os.fsdecode(self.paths[index]), self.in_chans), (info["height"], info["width"])
+        img, size = self.load(index), (info["height"], info["width"])
         if img.shape[1:] != size:
-            raise InputError(f"{os.fsdecode(self.paths[index])!r} has {img.shape[2]}×{img.shape[1]} pixels, and in the "
-                             f"annotations {size[1]}×{size[0]}")
+            raise InputError(f"{os.fsdecode(self.paths[index])!r} is {img.shape[2]}×{img.shape[1]} pixels, but the "
+                             f"annotations say {size[1]}×{size[0]}")
         boxes = torch.tensor([a["bbox"] for a in anns], dtype=torch.float32).view(-1, 4)
         target = {"boxes": box_convert(boxes, "xywh", "xyxy"),
                   "labels": torch.tensor([self.categories[a["category_id"]] for a in anns], dtype=torch.int64),
@@ -158,6 +159,8 @@ def check_coco(content):
     """A COCO object made from what a JSON file holds, without broken boxes, and how many of those there were. Raises
     what a missing key raises, or ValueError."""
     images, categories = ({x["id"] for x in content[name]} for name in ("images", "categories"))
+    if len(images) < len(content["images"]) or len(categories) < len(content["categories"]):
+        raise ValueError("two images, or two categories, have the same id")
     for info in content["images"]:
         if not (info["height"] > 0 and info["width"] > 0 and info["file_name"]):
             raise ValueError(f"image {info['id']} has no size or file_name")
@@ -167,8 +170,8 @@ def check_coco(content):
             raise ValueError(f"annotation {ann['id']} is of image {ann['image_id']} and category {ann['category_id']}, "
                              "which are not both there")
         if len(ann["bbox"]) == 4 and all(map(math.isfinite, ann["bbox"])) and min(ann["bbox"][2:]) > 0:
-            area = ann["bbox"][2] * ann["bbox"][3]
-            sound.append({"iscrowd": 0, "area": area, **ann, "id": 1 + len(sound)})     # pycocotools: 0 is no match
+            area = ann.get("area") or ann["bbox"][2] * ann["bbox"][3]
+            sound.append({"iscrowd": 0, **ann, "area": area, "id": 1 + len(sound)})     # pycocotools: 0 is no match
     if not sound:
         raise ValueError("no annotation")
     return make_coco({**content, "annotations": sound}), len(content["annotations"]) - len(sound)
@@ -185,7 +188,7 @@ def make_coco(content):
 
 class SceneObjects(Scenes):
     """The drawn scenes, as CocoFolder's items."""
-    has_masks, dropped = True, 0
+    has_masks, dropped, bare = True, 0, 0
 
     def __init__(self, split, in_chans=3):
         super().__init__(split, in_chans)
@@ -248,7 +251,7 @@ class Objects(Pairs):
 
 def large_scale_jitter(sample, size, scales):
     """An image and its target, scaled at random by `scales` against where it just fits into `size`², flipped, cropped
-    at random where it is larger, and filled up where it is smaller. Objects that end up outside are left out."""
+    at random where it is larger, and padded where it is smaller. Objects that end up outside are left out."""
     img, target = sample
     img, target = fit(img, target, size, torch.empty(()).uniform_(*scales).item())
     colour = mean_colour(img)
@@ -257,8 +260,8 @@ def large_scale_jitter(sample, size, scales):
     window = ..., slice(top, top + height), slice(left, left + width)
     flip = torch.rand(()) < 0.5
 
-    def take(x, fill):      # the content stays at the left, the filling at the right
-        return fill_up(x[window].flip(2) if flip else x[window], (size, size), fill)
+    def take(x, fill):      # the content stays at the left, the padding at the right
+        return pad_to(x[window].flip(2) if flip else x[window], (size, size), fill)
 
     img, target["size"] = take(img, colour), (height, width)
     if "masks" in target:
@@ -275,11 +278,11 @@ def large_scale_jitter(sample, size, scales):
     return img, target
 
 
-def fit_and_fill(sample, size):
-    """An image scaled to fit into `size`² and filled up; of the target, what evaluation needs."""
+def fit_and_pad(sample, size):
+    """An image scaled to fit into `size`² and padded; of the target, what evaluation needs."""
     img, target = sample
     small, _ = fit(img, {}, size, 1.0)
-    return (fill_up(small, (size, size), mean_colour(small)),
+    return (pad_to(small, (size, size), mean_colour(small)),
             {"image_id": target["image_id"], "size": tuple(small.shape[1:]), "original_size": tuple(img.shape[1:])})
 
 
@@ -324,13 +327,12 @@ class DecomposedBias(nn.Module):
 
 class WindowBlock(Block):
     """The encoder's block on a map (N, H, W, D), which attends within windows of `window` patches a side (0: globally).
-    Maps that are no multiple of it are filled up with zeros for the attention."""
+    Maps that are no multiple of it are padded with zeros for the attention."""
 
-    def __init__(self, dim, num_heads, grid_size, window, drop_path=0.0, rel_pos=True):
+    def __init__(self, dim, num_heads, grid_size, window, drop_path=0.0):
         super().__init__(dim, num_heads, drop_path=drop_path)
         self.window = window
-        if rel_pos:
-            self.attn.bias = DecomposedBias(dim // num_heads, (window, window) if window else grid_size)
+        self.attn.bias = DecomposedBias(dim // num_heads, (window, window) if window else grid_size)
 
     def forward(self, x):
         x = x + self.drop_path(self.attend(self.norm1(x)))
@@ -353,12 +355,14 @@ class ViTDet(ViT):
     """The encoder for detection, with its simple feature pyramid: images (N, C, S, S) to maps of strides P/4, P/2, P,
     2P and 4P, all `out_channels` deep (P: the patch size). There is no cls token."""
 
-    def __init__(self, out_channels=256, window=14, rel_pos=True, drop_path=0.0, freeze=False, **vit):
+    def __init__(self, out_channels=256, window=14, drop_path=0.0, freeze=False, **vit):
         super().__init__(drop_path=0.0 if freeze else drop_path, **vit)
         depth, dim, num_heads = len(self.blocks), self.cls_token.shape[-1], self.blocks[0].attn.num_heads
+        if self.num_patches < 4:
+            raise InputError("--img_size must be two patches or more: the coarsest map has half as many")
         last = {round((quarter + 1) * depth / 4) - 1 for quarter in range(4)}           # of each quarter: global
         self.blocks = nn.ModuleList(
-            WindowBlock(dim, num_heads, self.grid_size, 0 if i in last else window, block.drop_path.p, rel_pos)
+            WindowBlock(dim, num_heads, self.grid_size, 0 if i in last else window, block.drop_path.p)
             for i, block in enumerate(self.blocks))
         self.blocks.apply(init_linear)
         self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].clone())
@@ -390,10 +394,21 @@ class ViTDet(ViT):
         return {str(i): x.float() for i, x in enumerate(maps)}
 
 
-def roi_align(levels, size, patch_size):
+class Anchors(AnchorGenerator):
+    """torchvision's anchors at strides of P/4 to 4P (P: the patch size), which it would round to whole pixels."""
+
+    def __init__(self, patch_size, smallest):
+        super().__init__(tuple((smallest * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        self.strides = [[patch_size / 4 * 2**i] * 2 for i in range(5)]
+
+    def grid_anchors(self, grid_sizes, strides):
+        return super().grid_anchors(grid_sizes, self.strides)
+
+
+def roi_align(size, patch_size):
     """torchvision's RoI align on maps of strides P/4, P/2, P and 2P. torchvision would guess the strides at the first
     call, from the heights of images that may not fill their canvas."""
-    pool = MultiScaleRoIAlign(levels, size, sampling_ratio=0)
+    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=0)
     pool.scales = [4 / patch_size, 2 / patch_size, 1 / patch_size, 0.5 / patch_size]
     finest = round(math.log2(patch_size / 4))           # level 2 has stride 4
     pool.map_levels = initLevelMapper(finest, finest + 3)
@@ -401,32 +416,30 @@ def roi_align(levels, size, patch_size):
 
 
 class Detector(nn.Module):
-    """torchvision's Mask R-CNN (Faster R-CNN without masks) on ViTDet, for images that are scaled and filled up:
+    """torchvision's Mask R-CNN (Faster R-CNN without masks) on ViTDet, for images that are scaled and padded:
     torchvision's own transform is not used. It would scale small images up again, and undo the jitter."""
 
     def __init__(self, num_classes, masks=True, rois=512, anchor_size=None, **vitdet):
         super().__init__()
         backbone = ViTDet(**vitdet)
-        channels, levels = backbone.out_channels, ["0", "1", "2", "3"]
-        hidden = 4 * channels
-        anchor_size = anchor_size or 2 * backbone.patch_size        # 32 to 512 for patches of 16
-        anchors = AnchorGenerator(tuple((anchor_size * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        channels, hidden, patch_size = backbone.out_channels, 4 * backbone.out_channels, backbone.patch_size
         parts = dict(
-            rpn_anchor_generator=anchors, rpn_head=RPNHead(channels, 3, conv_depth=2),
+            rpn_anchor_generator=Anchors(patch_size, anchor_size or 2 * patch_size),    # 32 to 512 for patches of 16
+            rpn_head=RPNHead(channels, 3, conv_depth=2),
             rpn_pre_nms_top_n_train=min(2000, 4 * rois), rpn_pre_nms_top_n_test=min(1000, 2 * rois),
             rpn_post_nms_top_n_train=min(1000, 2 * rois), rpn_post_nms_top_n_test=min(1000, 2 * rois),
-            box_roi_pool=roi_align(levels, 7, backbone.patch_size), box_batch_size_per_image=rois,
+            box_roi_pool=roi_align(7, patch_size), box_batch_size_per_image=rois,
             box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], norm_layer=norm),
             box_predictor=FastRCNNPredictor(hidden, 1 + num_classes))
         if masks:
-            parts.update(mask_roi_pool=roi_align(levels, 14, backbone.patch_size),
+            parts.update(mask_roi_pool=roi_align(14, patch_size),
                          mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
                          mask_predictor=MaskRCNNPredictor(channels, channels, 1 + num_classes))
         self.rcnn = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
 
     def forward(self, imgs, targets, dtype=None):
         """Normalised images (N, C, S, S), and a list of dicts with `size`: the (height, width) of each without
-        filling. In training, with `boxes`, `labels` and `masks`: a dict of losses. Else a list of dicts with `boxes`,
+        padding. In training, with `boxes`, `labels` and `masks`: a dict of losses. Else a list of dicts with `boxes`,
         `labels`, `scores` and `masks` (n, 1, 28, 28). `dtype`: autocast's, for all but proposals and heads."""
         sizes = [target["size"] for target in targets]
         with torch.autocast(imgs.device.type, dtype, enabled=dtype is not None):
@@ -439,7 +452,7 @@ class Detector(nn.Module):
 
 def param_groups(model, weight_decay, layer_decay):
     """Groups with layer-wise decay, as in finetune.py: of the encoder, embeddings get layer_decay^(depth + 1) of the
-    rate and block i layer_decay^(depth - i). No weight decay on norms and positions (ViTDet, A.2); biases have it."""
+    rate and block i layer_decay^(depth - i). No weight decay on norms and pos_embed (ViTDet, A.2); biases have it."""
     depth, groups = len(model.rcnn.backbone.blocks), {}
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     for name, param in model.named_parameters():
@@ -502,8 +515,7 @@ def average_precision(coco, results, masks):
         values = [0.0, 0.0, 0.0]
         if results:
             with contextlib.redirect_stdout(io.StringIO()):
-                scored = [{k: v for k, v in x.items() if k != "bbox"} if kind == "segm" else x for x in results]
-                evaluation = COCOeval(coco, coco.loadRes(scored), kind)
+                evaluation = COCOeval(coco, coco.loadRes(results), kind)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
@@ -522,10 +534,9 @@ def picture(run, model, crops, channels, number=8):
         scaled, target, _ = crops[0, index]
         found = detect(run, model, scaled[None].to(run.device), [target], channels)[0]
         found = {name: value[found["scores"] > 0.5] for name, value in found.items()}
-        img = (255 * img / max(1.0, img.max())).byte() if img.dtype != torch.uint8 else img
-        img = img[:1].repeat(3, 1, 1) if len(img) != 3 else img
+        img = (255 * visible(img, run.args.show)).round().byte()
         for row, objects in zip(rows, ({}, truth, found)):
-            row.append(resize(fill_up(draw(img, objects), [max(img.shape[1:])] * 2, 0), [192, 192]) / 255)
+            row.append(resize(pad_to(draw(img, objects), [max(img.shape[1:])] * 2, 0), [192, 192]) / 255)
     return [torch.stack(row) for row in rows]
 
 
@@ -556,17 +567,19 @@ def load_data(args):
 def main(args):
     """Trains on one data set with one encoder. Returns the result, which is also printed last and saved."""
     weights, vit, encoder, _ = open_encoder(args)
-    base = vit["embed_dim"] <= 768
-    fill(args, dict(layer_decay=0.7, drop_path=0.1) if base else dict(layer_decay=0.8, drop_path=0.4))     # B; L
+    fill(args, {768: dict(layer_decay=0.7, drop_path=0.1), 1024: dict(layer_decay=0.8, drop_path=0.4),
+                1280: dict(layer_decay=0.9, drop_path=0.5)}[max(768, vit["embed_dim"])])        # B, L, H
     run = Run(args, __file__)
     device, dtype, size = run.device, run.dtype, args.img_size[0]
     train_set, val_set = load_data(args)
     dropped = train_set.dropped + val_set.dropped
     if dropped:
-        run.say(f"{dropped} annotations were left out: their boxes have no area, or are no boxes")
+        run.say(f"{dropped} annotations were left out: their boxes have no area, or are not four numbers")
+    if train_set.bare + val_set.bare:
+        run.say(f"boxes alone: {train_set.bare + val_set.bare} annotations have no segmentation")
     transform = functools.partial(large_scale_jitter, size=size, scales=args.jitter)
     crops = Objects(train_set, transform, args.seed, args.skip_bad)
-    val_crops = Objects(val_set, functools.partial(fit_and_fill, size=size))
+    val_crops = Objects(val_set, functools.partial(fit_and_pad, size=size))
     channels = run.channels(crops)
 
     torch.manual_seed(args.seed)                    # every process starts from the same weights

@@ -75,7 +75,7 @@ def get_args(argv=None):
     optim.add_argument("--epochs", type=number(int, "[1, inf)"), default=800)
     optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"), default=40)
     optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=4096, help="images a step, all processes")
-    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts a process's share comes in")
+    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts of a process's share")
     optim.add_argument("--blr", type=number(float, "(0, inf)"), default=1.5e-4, help="lr = blr · batch_size / 256")
     optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=0.05)
     optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
@@ -312,7 +312,7 @@ class EfficientMAE(ViT):  # Efficient
         x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
 
         # Hard patches leave; what stays is packed: (T, D_decoder). T is the one number that a GPU is waited for. It is
-        # filled up to a multiple of 32, as by one more image: a CPU prepares its kernels anew for every new T.
+        # padded to a multiple of 32, as by one more image: a CPU prepares its kernels anew for every new T.
         enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
         lengths = enters.sum(dim=1)
         number = lengths.sum().item()

@@ -62,7 +62,7 @@ def get_args(argv=None):
     optim.add_argument("--epochs", type=number(int, "[1, inf)"), default=800)
     optim.add_argument("--warmup_epochs", type=number(float, "[0, inf)"), default=40)
     optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=4096, help="images a step, all processes")
-    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts a process's share comes in")
+    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts of a process's share")
     optim.add_argument("--blr", type=number(float, "(0, inf)"), default=1.5e-4, help="lr = blr · batch_size / 256")
     optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=0.05)
     optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")

@@ -57,7 +57,7 @@ except ImportError:     # Windows
 
 # What may differ when a run resumes: where and how it computes, and what may save a run that diverged
 MAY_CHANGE = {"data_root", "num_workers", "skip_bad", "accum_iter", "device", "compile", "demo", "amp", "clip_grad",
-              "images", "show", "keep_every"}
+              "images", "show", "keep_every", "val_split", "stride"}
 UNSAID = {"output_dir", "save_minutes"}     # may differ without a word
 
 
@@ -77,12 +77,14 @@ def number(kind, interval):
     return parse
 
 
-def parse_args(parser, argv=None, demo=None):
+def parse_args(parser, argv=None, demo=None, layout=None):
     """Adds the arguments that every run has, and parses `argv` (None: the command line). With --demo, the dict `demo`
-    has the defaults. Raises InputError."""
+    has the defaults. `layout` says what --data must hold (None: images; or a data set by name). Raises InputError."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="data/imagenet", help="folder of images, or a data set by name (see README)")
-    data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
+    data.add_argument("--data", default="data/imagenet",
+                      help=layout or "folder of images, or a data set by name (see README)")
+    if layout is None:
+        data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
     data.add_argument("--in_chans", type=number(int, "[1, 1024]"), default=3, help="channels of the images")
     data.add_argument("--mean", type=float, nargs="+", help="of each channel, bytes / 255 (default: ImageNet's for "
                       "RGB files, else measured on 1,000 images)")

@@ -19,6 +19,8 @@ Chosen where the papers are silent or differ:
 - Images are resized so that the shorter side is --resize and the longer at most four times that (2048 × 512), times
   0.5 to 2 in training. Of the photometric distortions, contrast always comes before saturation and hue, and saturation
   is torchvision's, a blend with the grey image.
+- A crop beyond an image's edge is padded with the image's mean colour, before the distortions (there: with ImageNet's,
+  after them).
 - The loss is averaged over all pixels; those to be ignored count as 0, so that a crop without labels isn't NaN.
 - With --freeze the encoder is as pre-trained: its biases and scales stay at their start, its drop path is off.
 - Random weights (`--ckpt none`) train without layer-wise decay, as in finetune.py.
@@ -40,12 +42,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import Block, Crops, InputError, Scenes, ViT, init_linear, load_image, normalize, pair
+from common import Block, Crops, ImageFiles, InputError, Scenes, ViT, init_linear, normalize, pair
 from finetune import encoder_args, fill, open_encoder, param_groups
-from runs import Run, gather, launch, number, parse_args, save_picture
+from runs import Run, gather, launch, number, parse_args, save_picture, to_rgb
 
 RECIPES = {"mae": dict(lr=1e-4, layer_decay=0.65), "sdae": dict(lr=4e-4, layer_decay=0.65)}
 DEMO = dict(data="scenes", model="vit_micro", patch_size=4, img_size=[64], head_channels=32,
@@ -80,14 +81,15 @@ def get_args(argv=None):
     data.add_argument("--val_split", default="val", help="the folder to evaluate on")
 
     training_args(parser, num_steps=160000, warmup_steps=1500, batch_size=16, weight_decay=0.05, eval_epochs=13)
-    args = parse_args(parser, argv, demo=DEMO)
+    args = parse_args(parser, argv, DEMO, layout="scenes, a folder with images/, masks/ and classes.json, or ADE20K's")
     finish_args(args, "segment", RECIPES[args.recipe])
     if args.scale[0] > args.scale[1]:
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the first must not be the larger")
     args.resize = args.resize or min(args.img_size)
     args.stride = pair(args.stride or [max(1, 2 * side // 3) for side in args.img_size])
     if args.stride[0] > args.img_size[0] or args.stride[1] > args.img_size[1]:
-        raise InputError(f"--stride {max(args.stride)} is more than --img_size: windows would leave pixels out")
+        raise InputError(f"--stride {args.stride[0]} {args.stride[1]} is more than --img_size: windows would leave "
+                         "pixels out")
     if args.data == "scenes" and args.val_split != "val":
         raise InputError(f"--val_split {args.val_split}: the drawn scenes have no split but train and val")
     return args
@@ -100,7 +102,7 @@ def training_args(parser, num_steps, warmup_steps, batch_size, weight_decay, eva
     optim.add_argument("--num_steps", type=number(int, "[1, inf)"), default=num_steps)
     optim.add_argument("--warmup_steps", type=number(int, "[0, inf)"), default=warmup_steps)
     optim.add_argument("--batch_size", type=number(int, "[1, inf)"), default=batch_size, help="images, all processes")
-    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts a process's share comes in")
+    optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts of a process's share")
     optim.add_argument("--lr", type=number(float, "(0, inf)"), help="of the head, whatever the batch size")
     optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=weight_decay)
     optim.add_argument("--layer_decay", type=number(float, "(0, 1]"),
@@ -125,10 +127,11 @@ def finish_args(args, name, recipe):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images with masks
 # ---------------------------------------------------------------------------------------------------------------------
-class MaskFolder(Dataset):
+class MaskFolder(ImageFiles):
     """Items: (image (C, H, W), mask (H, W) uint8), and None. Raises InputError where folders or files don't fit."""
 
     def __init__(self, root, split, ignore, in_chans=3):
+        root = os.fspath(root).rstrip(os.sep) or os.sep
         self.ade = os.path.isdir(os.path.join(root, "annotations", "training"))     # ADE20K: 0 is unlabelled, 1 to 150
         split = {"train": "training", "val": "validation"}.get(split, split) if self.ade else split
         images = os.path.join(root, "images", split)
@@ -144,16 +147,15 @@ class MaskFolder(Dataset):
             raise InputError(f"no image in '{images}'")
         if missing:
             raise InputError(f"'{masks}' lacks {missing[0]} ({len(missing)} of {len(names)} images have no mask)")
+        if self.ade and ignore != 255:
+            raise InputError(f"--ignore {ignore}: ADE20K's unlabelled pixels become 255")
         self.classes = [str(i) for i in range(1, 151)] if self.ade else read_classes(os.path.join(root, "classes.json"))
-        self.root, self.ignore, self.in_chans = os.fsencode(root), ignore, in_chans
-        self.paths = np.array([os.fsencode(os.path.join(images, name)) for name in names])
+        self.root, self.ignore = os.fsencode(root), ignore
         self.masks = np.array([os.fsencode(os.path.join(masks, name)) for name in mask_names])
-
-    def __len__(self):
-        return len(self.paths)
+        super().__init__(np.array([os.fsencode(os.path.join(images, name)) for name in names]), in_chans)
 
     def __getitem__(self, index):
-        img, path = load_image(os.fsdecode(self.paths[index]), self.in_chans), os.fsdecode(self.masks[index])
+        img, path = self.load(index), os.fsdecode(self.masks[index])
         try:
             mask = torch.from_numpy(np.array(Image.open(path)))
         except Exception as error:      # what Pillow raises depends on what is wrong
@@ -164,8 +166,8 @@ class MaskFolder(Dataset):
         mask = mask - 1 if self.ade else mask       # 0 becomes 255
         unknown = set(mask.unique().tolist()) - set(range(len(self.classes))) - {self.ignore}
         if unknown:
-            raise InputError(f"{path!r} has the value {min(unknown)}, which is neither one of the {len(self.classes)} "
-                             f"classes nor --ignore {self.ignore}")
+            raise InputError(f"{path!r} has the value {min(unknown) + self.ade}, which is neither one of the "
+                             f"{len(self.classes)} classes nor --ignore {self.ignore}")
         return (img, mask), None
 
 
@@ -199,8 +201,6 @@ class Pairs(Crops):
 
 def resize(img, size):
     """An image (C, H, W) at a size (height, width), bilinear and antialiased, of the same type."""
-    if tuple(size) == img.shape[1:]:
-        return img
     return F.interpolate(img[None], tuple(size), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
@@ -209,16 +209,16 @@ def resize_mask(masks, size):
     return F.interpolate(masks[:, None], tuple(size), mode="nearest-exact")[:, 0]
 
 
-def fill_up(x, size, fill):
+def pad_to(x, size, fill):
     """`x` (…, h, w) in the upper left corner of (…, height, width), the rest `fill`: a number, or a tensor that
     broadcasts."""
-    canvas = torch.zeros(*x.shape[:-2], *size, dtype=x.dtype) + torch.as_tensor(fill, dtype=x.dtype)
+    canvas = torch.zeros(*x.shape[:-2], *size, dtype=x.dtype) + fill
     canvas[..., :x.shape[-2], :x.shape[-1]] = x
     return canvas
 
 
 def mean_colour(img):
-    """What an image (C, H, W) is filled up with: (C, 1, 1) of the image's type."""
+    """What an image (C, H, W) is padded with: (C, 1, 1) of the image's type."""
     return img.float().mean(dim=(1, 2), keepdim=True).to(img.dtype)
 
 
@@ -251,7 +251,7 @@ def train_transform(sample, size, pixels, scale, ignore):
         counts = torch.bincount(labels[labels != ignore])
         if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
             break
-    img, mask = fill_up(img[window], size, mean_colour(img)), fill_up(mask[window], size, ignore)
+    img, mask = pad_to(img[window], size, mean_colour(img)), pad_to(mask[window], size, ignore)
     if torch.rand(()) < 0.5:
         img, mask = img.flip(2), mask.flip(1)
     return (PHOTOMETRIC(img) if len(img) == 3 and img.dtype == torch.uint8 else img), mask
@@ -272,19 +272,27 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, num_heads, grid_size):
         super().__init__()
+        self.grid_size = grid_size
         rows, columns = grid_size
-        offsets = (2 * rows - 1) * (2 * columns - 1)
-        self.table = nn.Parameter(torch.zeros(offsets + 3, num_heads))
-        y, x = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
-        index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64)
-        index[1:, 1:] = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
-        index[0, :] = offsets           # the cls token sees a patch,
-        index[:, 0] = offsets + 1       # a patch sees it,
-        index[0, 0] = offsets + 2       # it sees itself
-        self.register_buffer("index", index, persistent=False)
+        self.table = nn.Parameter(torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, num_heads))
 
     def forward(self, q):
-        return self.table[self.index].permute(2, 0, 1)                          # (heads, 1 + L, 1 + L)
+        index = relative_positions(self.grid_size, q.device)
+        return self.table[index].permute(2, 0, 1)                               # (heads, 1 + L, 1 + L)
+
+
+@functools.cache        # for all blocks at once; as a buffer of each, DDP would send it in every step
+def relative_positions(grid_size, device):
+    """Which number of a RelativePositionBias is of which pair of tokens: (1 + L, 1 + L) int64."""
+    rows, columns = grid_size
+    offsets = (2 * rows - 1) * (2 * columns - 1)
+    y, x = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+    index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64)
+    index[1:, 1:] = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
+    index[0, :] = offsets           # the cls token sees a patch,
+    index[:, 0] = offsets + 1       # a patch sees it,
+    index[0, 0] = offsets + 2       # it sees itself
+    return index.to(device)
 
 
 class TransferBlock(Block):
@@ -333,7 +341,7 @@ class UperNet(nn.Module):
             x = self.laterals[level](finer[level]) + upsample(x, finer[level].shape[2:])        # top-down
             pyramid.insert(0, self.fpn[level](x))
         x = self.fusion(torch.cat([upsample(x, pyramid[0].shape[2:]) for x in pyramid], dim=1))
-        return self.classify(x), self.auxiliary(maps[2])
+        return [self.classify(x), self.auxiliary(maps[2])]
 
 
 class Segmenter(ViT):
@@ -343,14 +351,16 @@ class Segmenter(ViT):
     def __init__(self, num_classes, head="upernet", head_channels=768, taps=None, drop_path=0.0, freeze=False, **vit):
         super().__init__(drop_path=0.0 if freeze else drop_path, **vit)
         depth, dim, num_heads = len(self.blocks), self.cls_token.shape[-1], self.blocks[0].attn.num_heads
-        rates = [block.drop_path.p for block in self.blocks]
-        self.blocks = nn.ModuleList(TransferBlock(dim, num_heads, self.grid_size, rate) for rate in rates)
+        self.blocks = nn.ModuleList(TransferBlock(dim, num_heads, self.grid_size, block.drop_path.p)
+                                    for block in self.blocks)
         self.blocks.apply(init_linear)
         self.norm = nn.Identity()       # maps are taken before it
         self.requires_grad_(not freeze)     # what follows is new, and trains
         self.taps = [depth - 1] if head == "linear" else taps or [round(depth * i / 12) - 1 for i in (4, 6, 8, 12)]
         if sorted(set(self.taps)) != list(self.taps) or self.taps[-1] >= depth:
-            raise InputError(f"taps {self.taps} must be different blocks, in ascending order, of the {depth} from 0")
+            raise InputError(f"--taps must be different blocks in ascending order, from 0 to {depth - 1}")
+        if head == "upernet" and min(self.grid_size) < 2:
+            raise InputError("--img_size must be two patches or more: UperNet's last map has half as many")
         self.blocks = self.blocks[:self.taps[-1] + 1]       # later ones would get no gradient
         if head == "linear":
             self.head = nn.Sequential(nn.BatchNorm2d(dim, affine=False, eps=1e-6), nn.Conv2d(dim, num_classes, 1))
@@ -377,7 +387,7 @@ class Segmenter(ViT):
         maps = self.forward_maps(imgs, self.taps)
         if len(maps) == 1:
             return [self.head(maps[0])]
-        return list(self.head([rescale(x) for rescale, x in zip(self.rescale, maps)]))
+        return self.head([rescale(x) for rescale, x in zip(self.rescale, maps)])
 
 
 def segmentation_loss(outputs, masks, ignore):
@@ -399,7 +409,7 @@ def learning_rate(step, args):
 # ---------------------------------------------------------------------------------------------------------------------
 def slide(model, imgs, size, stride):
     """Logits (N, classes, H, W) of images (N, C, H, W) of any size, from windows of `size` that are `stride` apart. The
-    last ones end at the edge; where windows overlap, their logits are averaged. Smaller images are filled up."""
+    last ones end at the edge; where windows overlap, their logits are averaged. Smaller images are padded."""
     N, C, H, W = imgs.shape
     imgs = F.pad(imgs, (0, max(0, size[1] - W), 0, max(0, size[0] - H)))
     tops, lefts = (sorted({min(i, n - side) for i in range(0, n - side + step, step)})
@@ -460,10 +470,16 @@ def picture(run, model, crops, channels, args, number=8):
     for index in torch.linspace(0, len(crops) - 1, min(number, len(crops))).long().tolist():
         img, mask, _ = crops[0, index]
         pred = predict(run, model, img[None].to(run.device), mask.shape, channels, args)[0]
-        for row, x in zip(rows, (img, colours[mask.long()].permute(2, 0, 1), colours[pred.cpu()].permute(2, 0, 1))):
-            x = x.float() / 255 if x.dtype == torch.uint8 else x
-            row.append(resize(fill_up(x, [max(x.shape[1:])] * 2, 0), [192, 192]).clamp(0, 1))
+        for row, x in zip(rows, (visible(img, args.show), colours[mask.long()].permute(2, 0, 1),
+                                 colours[pred.cpu()].permute(2, 0, 1))):
+            row.append(resize(pad_to(x, [max(x.shape[1:])] * 2, 0), [192, 192]))
     return [torch.stack(row) for row in rows]
+
+
+def visible(img, show):
+    """An image (C, H, W) as it is loaded, as RGB in [0, 1]: the channels `show`, or the first one in grey."""
+    img = img[None].float() / (255 if img.dtype == torch.uint8 else 1)
+    return to_rgb(img, img, show)[0].clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,15 +498,16 @@ def main(args):
     crops = Pairs(train_set, transform, args.seed, args.skip_bad)
     val_crops = Pairs(val_set, functools.partial(eval_transform, pixels=args.resize))
     channels = run.channels(crops)
-    if args.batch_size < 2 * run.world_size * args.accum_iter:
-        raise InputError("--batch_size must leave at least 2 images for a process to normalise over")
+    synced = device.type == "cuda" and run.world_size > 1
+    if not synced and args.batch_size < 2 * run.world_size * args.accum_iter:
+        raise InputError("--batch_size must give each process at least 2 images at a time, for BatchNorm")
 
     torch.manual_seed(args.seed)                    # every process starts from the same weights
     model = Segmenter(len(train_set.classes), args.head, args.head_channels, args.taps, args.drop_path, args.freeze,
                       **vit)
     if weights is not None:
         model.load_state_dict(weights, strict=False)    # new: the head, biases and scales
-    if device.type == "cuda" and run.world_size > 1:
+    if synced:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]

@@ -116,15 +116,15 @@ def test_segmenter_starts_as_the_encoder(head):
 
 
 def test_detector_without_its_additions_is_a_plain_vit():
-    """No windows, no relative positions, no drop path; and with them, at their start, only the windows matter."""
+    """Relative positions change nothing at their start, nor does drop path in evaluation: only windows matter."""
     vit = randomize(common.ViT(img_size=64, **TINY))
     with torch.no_grad():
         vit.cls_token.fill_(0)
         x = vit.patch_embed(torch.ones(2, 3, 64, 64)) + vit.pos_embed[:, 1:]
         for block in vit.blocks:
             x = block(x)
-        for more in (dict(window=0, rel_pos=False), dict(window=4, rel_pos=True)):      # 4: the whole map
-            model = detect.ViTDet(8, img_size=64, **more, **TINY).eval()
+        for window in (0, 4):           # 4: the whole map
+            model = detect.ViTDet(8, window, img_size=64, **TINY).eval()
             weights = {**vit.encoder_state_dict(), "pos_embed": vit.pos_embed[:, 1:]}
             model.load_state_dict(weights, strict=False)
             found = model.last_map(torch.ones(2, 3, 64, 64))
@@ -151,6 +151,20 @@ def test_roi_align_knows_the_strides(patch_size):
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     half_a_cell = torch.tensor([[patch_size / 8], [patch_size / 4]])        # torchvision's sampling is not aligned
     torch.testing.assert_close(found, centre + half_a_cell, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("patch_size,grid", [(14, 16), (16, 33), (2, 32)])
+def test_anchors_know_the_strides(patch_size, grid):
+    """Also for strides that are no whole pixels, and maps whose sides torchvision's quotient doesn't fit."""
+    detector = detect.Detector(3, rois=16, out_channels=8, window=2, img_size=grid * patch_size,
+                               **{**TINY, "patch_size": patch_size}).eval()
+    imgs = torch.zeros(1, 3, grid * patch_size, grid * patch_size)
+    with torch.no_grad():
+        maps = [*detector.rcnn.backbone(imgs).values()]
+    found = detector.rcnn.rpn.anchor_generator(detect.ImageList(imgs, [imgs.shape[2:]]), maps)[0]
+    expected = [[x * stride, y * stride] for stride, level in zip(patch_size / 4 * 2 ** torch.arange(5), maps)
+                for y in range(level.shape[2]) for x in range(level.shape[3]) for _ in range(3)]
+    torch.testing.assert_close((found[:, :2] + found[:, 2:]) / 2, torch.tensor(expected), rtol=0, atol=1e-3)
 
 
 def test_taps_before_the_last_block():
@@ -205,7 +219,7 @@ def test_scores_equal_a_loop_and_torchmetrics():
 
 @pytest.mark.parametrize("height,width", [(20, 33), (8, 8), (5, 12)])
 def test_sliding_windows_cover_everything_once(height, width):
-    """A model that sees pixels alone gives the same logits in windows; smaller images are filled up."""
+    """A model that sees pixels alone gives the same logits in windows; smaller images are padded."""
     imgs = torch.randn(2, 3, height, width)
     logits = segment.slide(lambda x: [x * 2 + 1], imgs, (8, 8), (5, 5))
     torch.testing.assert_close(logits, imgs * 2 + 1)
@@ -270,7 +284,7 @@ def test_scenes_are_consistent():
 
 @pytest.mark.parametrize("scale,masks", [(0.4, True), (1.7, True), (0.4, False), (1.7, False)])
 def test_jittered_image_equals_a_loop(scale, masks):
-    """The image, its masks and boxes after scaling, cropping, filling up and a flip, pixel by pixel."""
+    """The image, its masks and boxes after scaling, cropping, padding and a flip, pixel by pixel."""
     img, target = scene()
     target = target if masks else {name: value for name, value in target.items() if name != "masks"}
     for seed in range(4):
@@ -313,7 +327,7 @@ def test_photometric_distortion():
 
 
 def test_segmentation_crops_keep_image_and_mask_together():
-    """A mask that is the image's red channel stays that, up to interpolation at edges; filling is to be ignored."""
+    """A mask that is the image's red channel stays that, up to interpolation at edges; padding is to be ignored."""
     _, shown = segment.SceneMasks("val")[0][0]
     img = (shown * 50)[None].repeat(3, 1, 1)
     segment.PHOTOMETRIC, photometric = nn.Identity(), segment.PHOTOMETRIC
@@ -356,6 +370,47 @@ def test_masks_that_do_not_fit(tmp_path):
     assert "leave pixels out" in refused(segment, "scenes", "--stride", "65")
     assert "no split but" in refused(segment, "scenes", "--val_split", "test")
     assert "in_chans is 1" in refused(segment, "scenes", "--in_chans", "1")
+    assert "at least 2 images" in refused(segment, "scenes", "--accum_iter", "2")
+    for module in (segment, detect):
+        assert "two patches or more" in refused(module, "scenes", "--img_size", "4")
+
+
+def test_masks_as_ade20k_has_them(tmp_path):
+    """0 is unlabelled and becomes 255, which --ignore must say; 1 to 150 become 0 to 149."""
+    write_masks(tmp_path, values=(0, 1, 150))
+    for old, new in (("train", "training"), ("val", "validation")):
+        (tmp_path / "images" / old).rename(tmp_path / "images" / new)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "masks" / old).rename(tmp_path / "annotations" / new)
+    source = segment.MaskFolder(tmp_path, "val", 255)
+    values = torch.cat([source[i][0][1].unique() for i in range(len(source))]).unique().tolist()
+    assert len(source.classes) == 150 and {255} < set(values) <= {0, 149, 255}
+    assert "become 255" in refused(segment, tmp_path, "--ignore", "0")
+
+
+def test_a_folder_may_be_named_with_a_slash(tmp_path):
+    write_masks(tmp_path)
+    ways = [segment.MaskFolder(f"{tmp_path}{slash}", "train", 255) for slash in ("", "/")]
+    assert common.inventory(ways[0]) == common.inventory(ways[1])
+
+
+def test_arrays_have_channels_of_their_own(tmp_path):
+    """Three channels of floats are measured, not taken for RGB; a picture shows the channels that --show says."""
+    write_masks(tmp_path)
+    for path in tmp_path.glob("images/*/*"):
+        path.unlink()
+        np.save(path.with_suffix(".npy"), 3000 + 1000 * np.random.rand(40, 48, 3).astype(np.float32))
+    source = segment.MaskFolder(tmp_path, "train", 255)
+    crops = segment.Pairs(source, lambda sample: sample)
+    assert source.arrays and all(3300 < mean < 3700 for mean in common.channel_statistics(crops)[0])
+    (img, _), _ = source[0]
+    assert segment.visible(img, [0, 1, 2]).std() > 0.2                      # not all white
+    rgb = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    assert torch.equal(segment.visible(rgb, [2, 0, 1]), rgb[[2, 0, 1]] / 255)
+    path = tmp_path / "images/train" / sorted(p.name for p in (tmp_path / "images/train").iterdir())[3]
+    np.save(path, np.zeros((40, 48, 3), np.uint8))
+    with pytest.raises(common.InputError, match="a folder has one type"):
+        source[3]
 
 
 def test_annotations_that_do_not_fit(tmp_path):
@@ -368,13 +423,22 @@ def test_annotations_that_do_not_fit(tmp_path):
     write_coco(tmp_path, {"train": [ANN]})
     write_coco(tmp_path, {"val": [ANN]}, categories=(1, 2))
     assert "categories" in refused(detect, tmp_path)
-    (tmp_path / "annotations/instances_train.json").write_text("{")
-    assert "not JSON in COCO's format" in refused(detect, tmp_path)
+    path = tmp_path / "annotations/instances_train.json"
+    path.write_text("{")
+    assert "cannot be read as COCO's JSON" in refused(detect, tmp_path)
+    path.unlink()
+    assert "cannot be read as COCO's JSON" in refused(detect, tmp_path)
     write_coco(tmp_path, {"train": [ANN], "val": [ANN]})
-    content = json.loads((tmp_path / "annotations/instances_train.json").read_text())
-    del content["categories"][0]["name"]
-    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
-    assert "not JSON in COCO's format" in refused(detect, tmp_path)
+    content = path.read_text()
+    for kind, change in (("categories", lambda c: [{"id": c["id"]}]),               # no name
+                         ("categories", lambda c: [c, dict(c, name="y")]),          # two with one id
+                         ("images", lambda c: [c, c]),
+                         ("images", lambda c: [c, dict(c, id="b")]),                # a number and a text
+                         ("images", lambda c: [dict(c, file_name=12)])):
+        changed = json.loads(content)
+        changed[kind] = change(changed[kind][0])
+        path.write_text(json.dumps(changed))
+        assert "cannot be read as COCO's JSON" in refused(detect, tmp_path)
     assert "in_chans is 1" in refused(detect, "scenes", "--in_chans", "1")
 
 
@@ -387,12 +451,13 @@ def test_segmentations_that_cannot_be_used(segmentation):
         detect.decode_mask({"image_id": 3, "segmentation": segmentation}, 40, 48)
 
 
-def test_one_object_without_a_segmentation_makes_it_boxes_alone(tmp_path):
-    write_coco(tmp_path, {"train": [ANN, dict(ANN, id=2, segmentation=[])], "val": [ANN]})
+def test_one_object_without_a_segmentation_makes_it_boxes_alone(tmp_path, capsys):
+    write_coco(tmp_path, {"train": [ANN, dict(ANN, id=2, segmentation=[], area=None)], "val": [dict(ANN, area=None)]})
     words = (f"--ckpt none --demo --device cpu --data {tmp_path} --num_steps 1 --warmup_steps 0 --batch_size 1 "
              f"--output_dir {tmp_path}/run")
     result = detect.main(detect.get_args(words.split()))
     assert "box_AP" in result and "mask_AP" not in result
+    assert "boxes alone: 1 annotations have no segmentation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module,small", [(segment, "--head_channels 8 --batch_size 5"),
@@ -416,6 +481,8 @@ def test_short_runs_resume(module, small, pretrained, tmp_path, monkeypatch):
     lines = (tmp_path / "whole/log.jsonl").read_text().splitlines()
     assert len(lines) == (2 if module is segment else 3) and (tmp_path / "whole/predictions.png").exists()
     assert run("whole") == result
+    if module is segment:       # a finished run can be scored on another split
+        assert module.main(module.get_args([*words[:-1], words[-1] + "whole", "--val_split", "train"]))["images"] == 12
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         polls = iter([0, 143])
         patch.setattr(runs.Signals, "poll", lambda self: next(polls))

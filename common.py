@@ -287,13 +287,13 @@ def load_image(path, in_chans=3):
         if path.lower().endswith(".npy"):
             return array_to_image(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
         if in_chans == 3 and decode_jpeg and data[:2] == b"\xff\xd8":      # libjpeg, as Pillow, without its detours
-            with contextlib.suppress(RuntimeError):         # CMYK, say, or broken: for Pillow to judge
+            with contextlib.suppress(RuntimeError):         # broken, say: for Pillow to judge
                 return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), "RGB", apply_exif_orientation=True)
         with Image.open(io.BytesIO(data)) as img:
             with contextlib.suppress(Exception):            # broken EXIF data
                 ImageOps.exif_transpose(img, in_place=True)
             if in_chans == 1:
-                img = img.convert("L") if img.mode in ("1", "P") else img
+                img = img.convert("L") if img.mode in ("1", "P", "LA") else img
             elif img.mode[0] in "IF":   # a plain conversion clamps these to 255: an image all white
                 raise ValueError(f"more than 8 bits a pixel (mode {img.mode}): only in_chans 1 reads such files")
             elif img.mode != "RGB" or "transparency" in img.info:
@@ -360,7 +360,7 @@ class ImageFiles(Dataset):
         self.paths, self.in_chans = paths, in_chans     # an array, not a list: workers share its memory
         self.arrays = paths[0].endswith(b".npy")
         self.first = self.dtype = None                  # of the first image that can be read
-        for path in paths if in_chans != 3 or self.arrays else []:          # RGB files are all uint8
+        for path in paths[:100] if in_chans != 3 or self.arrays else []:    # RGB files are all uint8
             with contextlib.suppress(InputError):
                 self.first, self.dtype = os.fsdecode(path), load_image(os.fsdecode(path), in_chans).dtype
                 break
@@ -661,7 +661,7 @@ class Crops(Dataset):
 
     @staticmethod
     def collate(items):
-        """Items as one batch: imgs (B, 3, H, W), labels (B,), and all that was skipped."""
+        """Items as one batch: imgs (B, C, H, W), labels (B,), and all that was skipped."""
         imgs, labels, skipped = zip(*items)
         return default_collate(imgs), default_collate(labels), {k: v for each in skipped for k, v in each.items()}
 

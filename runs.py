@@ -26,6 +26,7 @@ import gc
 import hashlib
 import json
 import math
+import multiprocessing.queues
 import multiprocessing.util
 import os
 import shutil
@@ -46,7 +47,6 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-import common
 from common import (CHUNK, ENCODER_PARTS, IMAGENET_MEAN, IMAGENET_STD, GlobalBatches, InputError, channel_statistics,
                     env_number, eval_batches, inventory, seed_from)
 
@@ -86,8 +86,8 @@ def parse_args(parser, argv=None, demo=None, layout=None):
     if layout is None:
         data.add_argument("--data_root", default="data", help="where data sets given by name are downloaded to")
     data.add_argument("--in_chans", type=number(int, "[1, 1024]"), default=3, help="channels of the images")
-    data.add_argument("--mean", type=float, nargs="+", help="of each channel, bytes / 255 (default: ImageNet's for "
-                      "RGB files, else measured on 1,000 images)")
+    data.add_argument("--mean", type=number(float, "(-inf, inf)"), nargs="+", help="of each channel, bytes / 255 "
+                      "(default: ImageNet's for RGB files, else measured on 1,000 images)")
     data.add_argument("--std", type=number(float, "(0, inf)"), nargs="+", help="the same")
     data.add_argument("--show", type=number(int, "[0, 1023]"), nargs=3, default=[0, 1, 2], help="channels in pictures")
     data.add_argument("--num_workers", type=number(int, "[0, 1024]"), help="workers per process (default: its cores)")
@@ -121,14 +121,16 @@ def launch(main, get_args):
     """Runs a script as a command. Exit codes: 0; 2 for bad input; 1 for other trouble that one line can explain (a full
     disk, a run that diverges, Ctrl-C before training starts); 128 + the signal's number for a run that was stopped."""
     code, failed = 0, False
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may not fit the terminal's encoding
     try:
         main(get_args())
     except (InputError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
         code, failed, text = 2 if isinstance(error, InputError) else 1, True, explain(error)
         if text is None:
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)              # an error that rank 0 meets too, it alone reports: torchrun ends this process
+        if os.environ.get("RANK", "0") != "0":      # an error that rank 0 meets too, it alone reports:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)                          # torchrun ends this process meanwhile
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)     # clears the bar
     except SystemExit as stop:
         code = stop.code
@@ -146,10 +148,12 @@ def explain(error):
         return text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if "out of memory" in text or "can't allocate memory" in text:      # of GPUs; of the CPU
         return f"out of memory: raise --accum_iter, or choose smaller sizes ({text.splitlines()[0]})"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile needs a working C++ compiler: install one, or leave it out ({text.splitlines()[0]})"
+    if isinstance(error, dist.DistNetworkError) or "Connection closed by peer" in text:
+        return "another process of this run has ended"
     return None
 
 
@@ -167,7 +171,7 @@ class Run:
         """Joins torchrun's processes, if any, and takes the output folder. Raises InputError."""
         self.args = args
         self.method = Path(script).stem
-        self._code = code_hash(script, common.__file__)
+        self._code = code_hash(*code_files(script))
         self.rank, self.world_size = check_processes()
         self.device = find_device(args.device, env_number("LOCAL_RANK", 0))
         self.dtype = amp_dtype(args.amp, self.device)
@@ -220,8 +224,6 @@ class Run:
         self._begin_epoch()
 
         found = last.exists() and not args.no_resume
-        if len(set(gather((found, self._recipe["images"])))) > 1:
-            raise InputError(f"{last} or --data differs between processes: all machines need a shared file system")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if self.rank == 0:      # params twice: AdamW's two moments
             check_room(self.output, sum(x.nbytes for x in (*model.state_dict().values(), *params, *params)), found)
@@ -229,6 +231,8 @@ class Run:
             self._restore(last)
         elif init_from is not None:
             self.say(load_weights(init_from, model))
+        if len(set(gather((self.step, self._recipe["images"])))) > 1:
+            raise InputError(f"{last} or --data differs between processes: all machines need a shared file system")
         batches.start_step = self.step
 
         self.epoch = self.num_epochs if self.step == self.num_steps else self.step // self.steps_per_epoch
@@ -252,7 +256,7 @@ class Run:
         size = self.args.batch_size
         self._bar = tqdm(total=self.num_steps * size, initial=self.step * size,
                          unit=" images", unit_scale=True, disable=self.rank > 0, mininterval=bar_seconds())
-        self._start = time.time() - self._seconds
+        self._start = time.monotonic() - self._seconds
         while self.epoch < self.num_epochs:
             epoch = self.epoch
             yield epoch
@@ -350,7 +354,7 @@ class Run:
         """Ends the run. `encoder`: a state dict, for OUTPUT/encoder.pt."""
         self._close()
         if self._nothing_left:
-            self.say(f"already finished: nothing trained. --no_resume starts over, and keeps what is in {self.output}")
+            self.say(f"already finished: nothing trained. --no_resume starts over; checkpoints stay in {self.output}")
         if encoder is not None:
             if self.rank == 0:
                 save({"method": self.method, "model": encoder, "args": self._recipe}, self.output / "encoder.pt")
@@ -393,11 +397,11 @@ class Run:
     def _begin_epoch(self):
         self._names = None                  # of the statistics, whose sums over `_count` steps are `_totals`
         self._window = []                   # (step, learning rate, statistics) of steps that are still to be checked
-        self._seconds, self._start = 0.0, time.time()
+        self._seconds, self._start = 0.0, time.monotonic()
 
     def _save(self):
         """Writes last.pt. For all processes to call."""
-        self._seconds = time.time() - self._start
+        self._seconds = time.monotonic() - self._start
         totals, skipped = zip(*gather((self._totals.tolist(), self._crops.skipped)))
         for theirs in skipped:
             self._crops.merge(theirs)
@@ -451,7 +455,7 @@ class Run:
             here = self._recipe
             defaults = {name: value for name, value in self.args._defaults.items() if name in here}
             there = {**defaults, **checkpoint["args"]}
-            changed = {name: f"{name} {there.get(name, 'unknown')!s:.80} (now {here.get(name, 'unknown')!s:.80})"
+            changed = {name: f"{name} {there.get(name, 'unknown')!s:.400} (now {here.get(name, 'unknown')!s:.400})"
                        for name in {**here, **there} if there.get(name) != here.get(name) and name not in UNSAID}
         moved = {"data"} if "(" in str(here.get("images")) and "images" not in changed else set()   # it only moved
         moved |= {"ckpt"} if here.get("encoder") and "encoder" not in changed else set()
@@ -464,7 +468,7 @@ class Run:
         if python == own_python and source != own_source:
             if step == self.num_steps:
                 raise InputError(f"{path} is of a finished run, and the code has changed since: {advice}")
-            changed["code"] = f"other code ({self.method}.py or common.py has changed)"
+            changed["code"] = f"other code ({self.method}.py, or what it imports, has changed)"
         if changed:
             self.say(f"{path}: resuming, although it has {', '.join(changed.values())}")
 
@@ -474,9 +478,8 @@ class Run:
         self._batches.close()
 
     def _stop(self, code):
-        if hasattr(self, "_bar"):
-            self._close()
-            self.say(f"stopped: saved after step {self.step}; the same command, without --no_resume, resumes there")
+        self._close()
+        self.say(f"stopped: saved after step {self.step}; the same command, without --no_resume, resumes there")
         sys.exit(code)
 
 
@@ -515,6 +518,13 @@ def amp_dtype(choice, device):
         in_hardware = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))    # bf16: ARM's
         choice = "bf16" if device.type == "cpu" and in_hardware else "none"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[choice]
+
+
+def code_files(script):
+    """The script, and what it imports from the folder of this file, without this file itself."""
+    tree, folder = ast.parse(Path(script).read_bytes()), Path(__file__).parent
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} - {"runs"}
+    return [script, *sorted(folder / f"{name}.py" for name in names if (folder / f"{name}.py").exists())]
 
 
 def code_hash(*paths):
@@ -575,9 +585,9 @@ def take(folder, seconds=15):
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)   # never closed: that unlocks
     except OSError as error:
         raise InputError(f"cannot write into --output_dir {folder}: {error.strerror}") from error
-    until = time.time() + seconds
+    until = time.monotonic() + seconds
     while not lock(descriptor):
-        if time.time() > until:
+        if time.monotonic() > until:
             raise InputError(f"another run is writing into --output_dir {folder}: stop it, or give another folder")
         time.sleep(0.1)
     for name in ("last.pt.tmp", "encoder.pt.tmp"):      # of a run that was killed while saving
@@ -617,11 +627,14 @@ def tidy_output(output, step, epochs):
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     try:
         numbers = [json.loads(line)["epoch"] if line.endswith("\n") else epochs for line in lines]
+        whole = {number: line for number, line in zip(numbers, lines) if number < epochs}
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{log} holds a line that no run wrote: remove it to resume") from error
-    whole = {number: line for number, line in zip(numbers, lines) if number < epochs}
     if lines:
-        (output / "log.tmp").write_text("".join(whole.values()))
+        with open(output / "log.tmp", "w") as file:
+            file.writelines(whole.values())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(output / "log.tmp", log)
     return set(whole)
 
@@ -790,7 +803,7 @@ class Signals:
 
     def install(self):
         """From now on signals are noted, and the minutes run."""
-        self.due = time.time() + self.seconds
+        self.due = time.monotonic() + self.seconds
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)        # Windows has the first two
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
@@ -809,8 +822,8 @@ class Signals:
         wish = max(self.caught, default=0)
         if self.agent and os.getppid() != self.agent:       # killed: nobody could stop or restart this run any more
             wish = max(wish, 128 + signal.SIGTERM)
-        if self.rank == 0 and time.time() > self.due:
-            wish, self.due = max(wish, 1), time.time() + self.seconds
+        if self.rank == 0 and time.monotonic() > self.due:
+            wish, self.due = max(wish, 1), time.monotonic() + self.seconds
         if not dist.is_initialized():
             return wish
         if self.travelling:
@@ -824,21 +837,17 @@ def make_loader(crops, batches, num_workers, device):
     """Iterates once over (imgs (B, C, H, W), labels (B,)), for `batches` of (epoch, index).
 
     What can't be read is entered into `crops.skipped` when its batch comes up, so that it doesn't depend on how far
-    ahead workers are. Raises InputError if there is more than may be skipped, or no place for workers' sockets.
-    `num_workers` None: this process's share of the cores.
+    ahead workers are. Raises InputError if there is more than may be skipped. `num_workers` None: this process's share
+    of the cores.
     """
     processes = env_number("LOCAL_WORLD_SIZE", 1, least=1)
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         num_workers = cores // processes
-    sockets = tempfile.gettempdir()
-    if num_workers and len(os.fsencode(f"{sockets}/pymp-12345678/listener-12345678")) > 107:   # the kernel's limit
-        raise InputError(f"loader workers keep sockets in '{sockets}', whose name is too long for that: set TMPDIR to "
-                         "another (TMPDIR=/tmp), or --num_workers 0")
     ahead = math.ceil(getattr(batches, "chunks", 1) / num_workers) + 1 if num_workers else None     # a part of a step
     if num_workers and os.path.isdir("/dev/shm"):       # in a container it may be small
         room = shutil.disk_usage("/dev/shm").free / 2 / processes
-        size = max(map(len, batches), default=1) if isinstance(batches, list) else CHUNK      # images in one item
+        size = max(map(len, batches), default=1) if isinstance(batches, list) else min(CHUNK, batches.share)
         most = max(1, int(room / (size * crops[0, 0][0].nbytes)) - 1)
         if num_workers * ahead > most:
             num_workers, ahead = min(num_workers, most), max(1, most // num_workers)
@@ -870,16 +879,24 @@ def leave_signals_alone(worker):
     """In a loader's worker: signals, which are often sent to all processes of a job, are left to the main process,
     which needs its workers until it has saved. Its own SIGTERM ends them."""
     gc.freeze()     # a collection would touch, and so copy, all that is shared with the main process
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_hand_over)
     for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):      # else (macOS) a SIGTERM to all processes ends workers
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=exit_with, args=[os.getppid()], daemon=True).start()
+        sockets = multiprocessing.util.get_temp_dir()       # now: later, two threads could make one each
+        threading.Thread(target=exit_with, args=[os.getppid(), sockets], daemon=True).start()
 
 
-def exit_with(parent):
-    """Waits for a SIGTERM from the process `parent`, and exits."""
+def cannot_hand_over(error, batch):
+    """Ends a worker that has no room for a batch, or no socket. Otherwise it would go on, and the run wait for ever."""
+    os.write(2, f"a loader process can't hand over a batch: {error} (TMPDIR is {tempfile.gettempdir()})\n".encode())
+    os._exit(1)
+
+
+def exit_with(parent, sockets):
+    """Waits for a SIGTERM from the process `parent`, and exits. The folder `sockets` goes: _exit would leave it."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
-    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)      # its sockets, which _exit would leave
+    shutil.rmtree(sockets, ignore_errors=True)
     os._exit(0)

@@ -1220,6 +1220,8 @@ def test_kinds_of_images(mode, suffix, error, tmp_path):
     img.save(path)
     ours = common.load_image(path)
     assert ours.shape == (3, 30, 40) and ours.dtype == torch.uint8
+    if mode in ("L", "1", "P", "LA"):       # greyscale files, also as one channel
+        assert common.load_image(path, 1).shape == (1, 30, 40)
     assert (ours.float() - pil_to_tensor(img.convert("RGB")).float()).abs().mean() <= error
 
 
@@ -1384,6 +1386,7 @@ mae --crop_scale 0.2: --crop_scale: expected 2 arguments
 mae --data nowhere: no data at 'nowhere'
 mae --data shapes --in_chans 4: 'shapes' has RGB images, and in_chans is 4
 mae --mean 0.5: --mean takes 3 numbers, one a channel
+mae --mean nan 0 0: argument --mean: nan is not in (-inf, inf)
 finetune --std 0.5: --std takes 3 numbers, one a channel
 mae --show 0 1 3: --show 0 1 3: images have the channels 0 to 2
 mae --in_chans 4: no image of 4 channel(s)

@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -53,6 +54,8 @@ SETTINGS = {  # flags of the scripts; images a step on a CPU (in float32 half of
     "vit_huge": ("", 4, 32),
 }
 ENCODER_ALONE = ["mae", "--mask_ratio", "0"]
+SAME_FOR_ALL = {"--model", "--img_size", "--patch_size", "--batch_size", "--accum_iter", "--amp", "--device",
+                "--compile", "--demo"}          # flags of the scripts that a row may not have
 
 
 def get_args(argv=None):
@@ -65,7 +68,8 @@ def get_args(argv=None):
     what.add_argument("--sdae_teachers", action="store_true", help="MAE, and SdAE with each --teacher_input")
     what.add_argument("--mask_ratio", nargs="+", type=number(float, "[0, 1)"),
                       help="each of --methods at these; 0: MAE's encoder alone (Efficient MAE's Table 1)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help=f"{', '.join(METHODS)}; quoted also with flags")
+    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "mae_ablations"],
+                        help=f"{', '.join(METHODS)}; quote a name to add flags")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, help="default: vit_base, with vit_tiny (32 pixels, "
                         "patches of 4) on a CPU, with vit_large and vit_huge on a GPU")
     parser.add_argument("--amp", nargs="+", choices=["bf16", "fp16", "none"], help="default: bf16; on a CPU none too")
@@ -78,6 +82,7 @@ def get_args(argv=None):
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
+    gpu = gpu and not args.loader           # which runs on CPUs alone
     args.device = runs.find_device("cuda" if gpu else "cpu", 0).type
     args.models = args.models or (["vit_base", "vit_large", "vit_huge"] if gpu else ["vit_tiny", "vit_base"])
     args.amp = args.amp or (["bf16"] if gpu else ["bf16", "none"])
@@ -89,9 +94,12 @@ def get_args(argv=None):
         raise InputError("--compile and --model_only are for the scripts' tables (--peers shows ours both ways)")
     if args.methods[0].split()[:1] != ["mae"]:
         raise InputError("--methods must begin with mae, the others' yardstick")
-    for name, *flags in lines(args):
+    for name, *flags in (line or [""] for line in lines(args)):
         if name not in METHODS:
             raise InputError(f"--methods: '{name}' is none of {', '.join(METHODS)}")
+        fixed = SAME_FOR_ALL & {flag.split("=")[0] for flag in flags}
+        if fixed:
+            raise InputError(f"--methods: {min(fixed)} is the same for all rows, and no flag of one")
         try:
             importlib.import_module(name).get_args([] if [name, *flags] == ENCODER_ALONE else flags)
         except InputError as error:
@@ -362,7 +370,7 @@ def peers(args):
         measure([*candidates, limit], args)
         yield (title_of(setting, images, limit, words),
                ["implementation", "images/s", "step time over `mae.py`",
-                "of the matrix-product rate, by ours' multiply-adds", "peak memory, GB"],
+                "of the matrix-product rate, counting our multiply-adds", "peak memory, GB"],
                [row_of(candidate, candidates[0], limit) for candidate in candidates], [*candidates, limit])
 
 
@@ -412,7 +420,7 @@ def main(args):
     output, what = Path(args.output_dir), f"{what.removesuffix('_only')}_{args.device}"
     output.mkdir(parents=True, exist_ok=True)
     Candidate.errors = str(output / "errors.log")
-    command = " ".join(["python", "bench.py", *("DIR" if os.path.isdir(word) else word for word in sys.argv[1:])])
+    command = shlex.join(["python", "bench.py", *("DIR" if word == args.loader else word for word in sys.argv[1:])])
     text, raw = [f"`{command}`: {machine(args)}. Medians of {args.rounds} rounds, least and largest in brackets."], []
     with tempfile.TemporaryDirectory(dir=output, ignore_cleanup_errors=True) as scratch:
         os.environ["TMPDIR"] = os.path.abspath(scratch)     # where candidates and compilers write

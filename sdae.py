@@ -79,7 +79,7 @@ def get_args(argv=None):
     optim.add_argument("--accum_iter", type=number(int, "[1, inf)"), default=1, help="parts of a process's share")
     optim.add_argument("--blr", type=number(float, "(0, inf)"), default=1.5e-4, help="lr = blr · batch_size / 256")
     optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=0.05)
-    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
+    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="clip the gradient to this norm")
 
     method_args(parser)
     args = parse_args(parser, argv, demo=DEMO)

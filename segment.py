@@ -107,7 +107,7 @@ def training_args(parser, num_steps, warmup_steps, batch_size, weight_decay, eva
     optim.add_argument("--weight_decay", type=number(float, "[0, inf)"), default=weight_decay)
     optim.add_argument("--layer_decay", type=number(float, "(0, 1]"),
                        help="rate of a block over that of the next (default: the recipe's; random weights 1)")
-    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="largest gradient norm (default: any)")
+    optim.add_argument("--clip_grad", type=number(float, "(0, inf)"), help="clip the gradient to this norm")
     optim.add_argument("--eval_epochs", type=number(int, "[1, inf)"), default=eval_epochs,
                        help="epochs between evaluations; also at the end")
 

@@ -1205,6 +1205,9 @@ def test_what_replaces_a_bad_file(folder, tmp_path):
     assert list(skipped.values()) == [2, 2] and all(str(p) in r for p, r in zip(paths[4:6], skipped))
     assert crops[0, 47][1] == source[0][1] and len(crops[0, 47][2]) == 1
     refused("000.png' cannot be used as an image", "finetune", data, tmp_path / "out", "--skip_bad", "9")
+    shutil.copytree(folder / "val", data / "val", dirs_exist_ok=True)
+    refused("more such files than the 2", "finetune", data, tmp_path, "--mode", "knn", "--skip_bad", "2")
+    assert train("finetune", data, tmp_path, "--mode", "knn", "--skip_bad", "3")["images"] == 21
     for path in paths:
         path.write_bytes(b"")
     refused("cannot be used.*; no other is left", common.Crops(source, crops.transform, 1, 1000).__getitem__, (0, 4))

@@ -59,7 +59,7 @@ def test_scratch_is_for_random_weights():
             finetune.fill_recipe(finetune.get_args([*words, "--recipe", "scratch"]), 768)
 
 
-def test_scoring_a_classifier(folder, pretrained, tmp_path):
+def test_scoring_a_classifier(folder, pretrained, tmp_path, capsys):
     """As its own training scored it; a prediction a file; some of the classes alone; no labels; other sizes."""
     for mode in ("finetune", "linear"):
         trained = run_finetune("--ckpt", pretrained / "encoder.pt", "--data", folder, "--mode", mode, "--output_dir",
@@ -77,7 +77,20 @@ def test_scoring_a_classifier(folder, pretrained, tmp_path):
         photo(1).save(tmp_path / name / "0.png")
     words = ["--ckpt", tmp_path / "finetune/last.pt", "--mode", "eval", "--output_dir", tmp_path / "others"]
     assert run_finetune(*words, "--data", tmp_path / "some", "--img_size", 64)["top1"] == 100
+    assert "only the 1 of 3 classes that --data has are predicted" in capsys.readouterr().out
     assert "top1" not in run_finetune(*words, "--data", tmp_path / "none")
+    for year in ("2023", "2024"):
+        shutil.copytree(tmp_path / "none", tmp_path / "years" / year)
+    found = run_finetune(*words, "--data", tmp_path / "years")
+    assert "top1" not in found and found["images"] == 2
+    assert "such as '2023', are no classes: images are labelled, not scored" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "none", tmp_path / "some/2023")
+    with pytest.raises(InputError, match="'2023', a folder of --data, is none of the classes"):
+        run_finetune(*words, "--data", tmp_path / "some")
+    shutil.rmtree(tmp_path / "some/2023")
+    assert run_finetune("--demo", *words)["images"] == 2000
+    with pytest.raises(InputError, match="fine-tuning with --pool avg: give the pre-trained"):
+        run_finetune("--ckpt", tmp_path / "finetune/last.pt", "--data", folder, "--mode", "knn")
     (tmp_path / "names").write_text("a\nb\nclass 1 é\n")
     assert run_finetune(*words, "--data", tmp_path / "some", "--classes", tmp_path / "names")["images"] == 1
     (tmp_path / "names").write_text("a\nb\n")
@@ -218,6 +231,8 @@ def test_bench_of_the_encoder_alone_and_of_flags(tmp_path):
     (["--mask_ratio", "0.5"], "emae.py: unrecognized arguments: --mask_ratio 0.5"),
     (["--methods", "mae", "efficient_mae --bta 9"], "efficient_mae.py: unrecognized arguments: --bta 9"),
     (["--methods", "mae", "timm"], "--methods: 'timm' is none of mae, efficient_mae, "),
+    (["--methods", "mae", ""], "--methods: '' is none of mae"),
+    (["--methods", "mae", "mae --batch_size=64"], "--methods: --batch_size is the same for all rows"),
     (["--methods", "sdae"], "--methods must begin with mae")])
 def test_bench_refuses(words, message):
     with pytest.raises(InputError, match=message):

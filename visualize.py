@@ -193,6 +193,8 @@ def draw(rows, titles, caption, path, width=1200):
     h, w = rows[0][0].shape[1:]
     columns, gap, top = len(titles), 6, 34
     cell = (width - gap * (columns + 1)) // columns
+    if cell < 1:
+        raise InputError(f"{columns} columns don't fit into a picture {width} pixels wide")
     size = (cell, round(cell * h / w))
     font, small = ImageFont.load_default(22), ImageFont.load_default(18)
     lines = textwrap.wrap(caption, width // 9)
@@ -341,17 +343,19 @@ def difficulty(args):
 
 def distances(args):
     """Removed patches by P²Dist for each mask ratio, and the share of those beside a visible patch (in its 3×3
-    neighbourhood): means over 500 masks of 14 × 14 patches of 16 pixels."""
+    neighbourhood): means over 500 masks of 14 × 14 patches of 16 pixels. *Outside*: those nearer or farther."""
     edges, lines = range(4, 60, 4), {}
     noise = torch.rand(500, 196, generator=torch.Generator().manual_seed(args.seeds[0]))
-    print("removed patches with a P²Dist of … to … pixels\nratio", *(f"{low:>3}-{low + 4}" for low in edges), " beside")
+    print("removed patches with a P²Dist of … to … pixels")
+    print("ratio", *(f"{low:>3}-{low + 4}" for low in edges), "outside  beside")
     for ratio in args.mask_ratio or [0.75, 0.85, 0.9]:
         keep, remove = random_masking(noise, min(max(1, int(196 * (1 - ratio) + 1e-6)), 195))
         near = torch.cat([p2dist_approximate(*ids, (14, 14), 16) for ids in zip(keep.split(50), remove.split(50))])
         counts = [((low <= near) & (near < low + 4)).sum().item() / 500 for low in edges]
         visible = torch.zeros(500, 196).scatter(1, keep, 1.0).unflatten(1, (1, 14, 14))
         beside = F.max_pool2d(visible, 3, 1, 1).flatten(1).gather(1, remove).mean().item()
-        print(f"{ratio:<5g}", *(f"{count:>6.1f}" for count in counts), f"{beside:>7.1%}")
+        print(f"{ratio:<5g}", *(f"{count:>6.1f}" for count in counts),
+              f"{remove.shape[1] - sum(counts):>7.1f} {beside:>7.1%}")
         lines[f"mask ratio {ratio:g}"] = ([low + 2 for low in edges], counts)
     plot(args.output, lines, "P²Dist, pixels", "removed patches", "o-")
 
@@ -367,8 +371,8 @@ def curves(args):
             epochs, names = [line["epoch"] + 1 for line in log], ", ".join(log[0])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"no log of a run at {path} ({type(error).__name__})") from error
-        if not all(args.key in line for line in log):
-            raise InputError(f"{path} has no {args.key!r}: it has {names}")
+        if not all(isinstance(line.get(args.key), (int, float)) for line in log):
+            raise InputError(f"{path} has no numbers {args.key!r}: it has {names}")
         lines[run] = (epochs, [line[args.key] for line in log])
     plot(args.output, lines, "epoch", args.key)
 

@@ -13,15 +13,16 @@ Chosen where the paper is silent or contradicts itself:
 - Algorithm 1: of the distinct points at the visible patches' centres, edges and corners, the k = 8 nearest to the
   removed patch's centre, ties by row, then column; then the mean over the removed patch's pixels of the distance to the
   nearest of these: 8.06 pixels from a patch above, 8.94 from one below, by the offsets as written. --p2dist exact is
-  Eq. 1 itself. Patches of 167 with d ≤ 9 / 13 / 26 at ratio 0.85 support it: Table 8 has 82 / 114 / 150, Algorithm 1
-  has 78 / 114 / 150 (symmetric, by pixels' centres, 78 / 114 / 155), Eq. 1 has 76 / 114 / 145.
+  Eq. 1 itself. It fits Table 8: of 167 patches removed at ratio 0.85, those with d ≤ 9 / 13 / 26 are 82 / 114 / 150 in
+  the paper, 78 / 114 / 150 by Algorithm 1 (symmetric, by pixels' centres, 78 / 114 / 155), 76 / 114 / 145 by Eq. 1.
 - β is in pixels at patch size 16: for others the default is 26 · patch_size / 16, which Table 3 supports (ViT-H takes
   31.3 G; 22.75 gives 31.33, 26 gives 31.52). --beta inf drops none.
 - Eq. 2 is taken for each image over its patches in the decoder (0 where there are none), then averaged over images, so
   that no result depends on how a batch is shared. ‖·‖ is MAE's mean squared error; targets are standardised per patch.
 - Defaults: ViT-L, 800 epochs, batch 1024 (Section 5.1). Table 4's columns DF and DM are swapped (see Tables 6, 8).
-- --difficulty 3x3 and 5x5 are Table 5's metrics (a) and (b): d is the inverse of either, and a patch without a visible
-  one there, of weight zero in the paper, stays out of the decoder (113.8 and 158.7 patches stay; Table 5: 114, 159).
+- --difficulty 3x3 and 5x5 are Table 5's metrics (a) and (b). We take d to be the inverse of either; a patch without a
+  visible one there (of weight zero in the paper's (a), and so, we infer from Table 5's 159, in (b)) stays out of the
+  decoder: 113.8 and 158.7 patches stay (Table 5: 114, 159).
   nearest is (c), the distance between the centres of a removed patch and the nearest visible one. β bounds P²Dist
   alone, so here all 167 patches stay, as in Table 5.
 - Not implemented: Table 6 (b) and (c), which come without details ((a) is --gamma 0).
@@ -219,7 +220,7 @@ def true_entries(mask, number):  # Efficient
     return mask.flatten().logical_not().byte().argsort(stable=True)[:number]
 
 
-@torch.compiler.disable    # compiled, it would be made anew for every list of lengths
+@torch.compiler.disable    # torch.compile would recompile it for every list of lengths
 def attention_by_image(q, k, v, lengths):  # Efficient
     """Attention within each image of a ragged batch: q, k, v and the result are (heads, T, d), the T tokens of all
     images one after another; `lengths` (N,) says how many each has. For CPUs, whose time is in the arithmetic."""
@@ -264,9 +265,10 @@ class EfficientMAE(ViT):  # Efficient
         if beta is not None and difficulty != "p2dist":
             raise InputError(f"beta bounds P²Dist: leave it out with --difficulty {difficulty}")
         self.beta = beta or (26 * patch_size / 16 if difficulty == "p2dist" else math.inf)
-        if patch_size < 2 or self.beta < patch_size / 2 + 1:            # a patch beside a visible one has d below this
-            raise InputError(f"beta must be at least {patch_size / 2 + 1:g} pixels, or there may be none to predict "
-                             "(patch_size at least 2)")
+        least = max(patch_size / 2 + 1, 0.53 * patch_size + 0.5)        # a patch beside a visible one has d below this
+        if patch_size < 2 or self.beta < least:
+            raise InputError(f"beta must be at least {least:g} pixels, or there may be none to predict (patch_size at "
+                             "least 2)")
         self.difficulty = {"approximate": p2dist_approximate, "exact": p2dist_exact,
                            "3x3": functools.partial(neighbourhood, radius=1),
                            "5x5": functools.partial(neighbourhood, radius=2), "nearest": nearest_patch}[
@@ -311,7 +313,7 @@ class EfficientMAE(ViT):  # Efficient
         ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep, 1 + ids_remove], dim=1)
         x = x + self.decoder_pos_embed[0, ids]                                           # (N, 1 + L, D_decoder)
 
-        # Hard patches leave; what stays is packed: (T, D_decoder). T is the one number that a GPU is waited for. It is
+        # Hard patches leave; what stays is packed: (T, D_decoder). Reading T is the only wait for a GPU. It is
         # padded to a multiple of 32, as by one more image: a CPU prepares its kernels anew for every new T.
         enters = F.pad(easy, (latent.shape[1], 0), value=True)                           # (N, 1 + L)
         lengths = enters.sum(dim=1)

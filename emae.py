@@ -14,6 +14,7 @@ Chosen where the paper is silent:
   between the decoder's outputs as they are, in float32; an image's loss is the mean over its pairs i < j. A second
   reading, in a public port, takes the mean over all patches: times (K - 2)/K, --consistency_weight 0.5 at K = 4.
 - Patches are embedded once for all parts, since each is visible in exactly one.
+- Targets are standardised per patch, as by MAE's better recipe (Eq. 2 has plain ones; --no-norm_pix).
 - K sets the mask ratio, (K - 1) / K, so there is no --mask_ratio. The default is 300 epochs, as in the paper's main
   comparison (800 for its best). --consistency_weight 0 is Table 5's "+ whole data utilization".
 

@@ -12,9 +12,9 @@ Chosen where the paper is silent or the released weights differ from it:
 - Per-patch standardisation takes the unbiased variance + 1e-6, as the released weights were trained with.
 - Weight decay is on all that is not 1-D, also on cls and mask tokens; the rate is set per iteration (both as released).
 - Tokens stay in shuffled order in the decoder: attention doesn't see the order, and every token carries its position.
-  Only visible patches are embedded and only removed ones predicted: nothing is computed that the loss doesn't use.
+  Only visible patches are embedded and only removed ones predicted; the loss is the same.
 - Table 1's rows are ViT-L on unnormalised pixels (--no-norm_pix). mae_ablations.py has those that no flag here gives,
-  and the loss on all pixels (which is in Section 3's text, not in Table 1); the dVAE target (1d) is nowhere.
+  and the loss on all pixels (which is in Section 3's text, not in Table 1); the dVAE target (1d) is not implemented.
 
     python mae.py --demo                                              # a CPU, 2 cores: two minutes
     python mae.py --data my_images --batch_size 256                   # one GPU of 24 GB

@@ -12,12 +12,12 @@ Kaiming He, Xinlei Chen, Saining Xie, Yanghao Li, Piotr Dollár, Ross Girshick. 
 
 All rows there are ViT-L, 800 epochs, and predict un-normalised pixels: those are the defaults here. mae.py's own flags
 give the others: --decoder_depth (1a), --decoder_embed_dim (1b), --norm_pix (1d), --mask_ratio (Figure 5). The dVAE
-target of 1d needs another model, and is not there.
+target of 1d needs another model, and is not implemented.
 
 Chosen where the paper is silent:
 - Blocks are drawn as in BEiT (arXiv:2106.08254), to which the paper refers: rectangles of at least 16 patches and an
-  aspect ratio of 0.3 to 1/0.3, until enough patches are removed. Every image must lose equally many: of the last block,
-  the patches that are too many stay, chosen by their noise.
+  aspect ratio of 0.3 to 1/0.3, until enough patches are removed. Every image must lose equally many: surplus patches
+  of the last block stay visible, chosen by their noise.
 - The grid keeps one of each 2×2 patches, the upper left one ("regularly keeps one of every four patches").
 - PCA coefficients: the paper keeps 96 of each patch's 768; the components are those of the training crops' patches
   (10,000 images of epoch 0), and coefficients are neither centred (the last layer has a bias) nor scaled.
@@ -30,7 +30,7 @@ Chosen where the paper is silent:
     python mae_ablations.py --data my_images --model vit_base --batch_size 256 --loss all               # one GPU
     torchrun --nproc_per_node 8 mae_ablations.py --data imagenet --masking block --mask_ratio 0.5      # Table 1f
 
-Not yet run but for tests.
+Not run yet, except by the tests.
 """
 import argparse
 import functools  # Ablations: transforms
@@ -49,7 +49,6 @@ from torchvision.transforms import v2  # Ablations: Table 1e
 
 DEMO = dict(data="shapes", model="vit_micro", img_size=[32], patch_size=4, decoder_embed_dim=64, decoder_depth=1,
             decoder_num_heads=2, batch_size=64, epochs=20, warmup_epochs=2, blr=8e-3, num_workers=0)
-DEMO.update(components=24)  # Ablations: of the 48 numbers of a small patch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +83,7 @@ def get_args(argv=None):
     args.patch_size = args.patch_size or VIT_SIZES[args.model]["patch_size"]
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}")
+    method_checks(args)  # Ablations: Table 1
     return args
 
 
@@ -96,10 +96,19 @@ def method_args(parser):  # Ablations
     method.add_argument("--masking", choices=["random", "block", "grid"], default="random", help="Table 1f")
     method.add_argument("--encoder_mask_tokens", action="store_true", help="Table 1c: the encoder sees all places")
     method.add_argument("--target", choices=["pixels", "pca"], default="pixels", help="Table 1d")
-    method.add_argument("--components", type=number(int, "[1, 65536]"), default=96, help="of PCA (Table 1d)")
+    method.add_argument("--components", type=number(int, "[1, 65536]"), help="of PCA (default: 96; Table 1d)")
     method.add_argument("--augmentation", choices=["crop", "none", "fixed", "jitter"], default="crop", help="Table 1e")
     method.add_argument("--loss", choices=["removed", "all"], default="removed", help="the patches in the loss")
     parser.set_defaults(model="vit_large")                                                      # Table 1
+
+
+def method_checks(args):  # Ablations
+    """Sets what depends on other arguments. Raises InputError if two don't go together."""
+    if args.components and args.target != "pca":
+        raise InputError("--components needs --target pca")
+    if args.crop_scale != [0.2, 1.0] and args.augmentation in ("none", "fixed"):
+        raise InputError(f"--crop_scale: --augmentation {args.augmentation} takes no random area")
+    args.components = args.components or (24 if args.demo else 96)      # of 48, 768 numbers a patch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +166,7 @@ def block_order(noise, grid_size, len_keep):  # Ablations
         last = torch.where(removed & ~before, values.view(rows, columns), 2.0)
         removed.view(-1)[last.flatten().argsort()[:too_many]] = False
         keep.append((~removed).flatten())
-    return random_masking(noise - torch.stack(keep).to(noise).float() * 2, len_keep)      # kept ones first
+    return random_masking(noise - 2 * torch.stack(keep).to(noise), len_keep)      # kept ones first
 
 
 def pca(crops, channels, patch_size, components, number=10000):  # Ablations
@@ -171,8 +180,11 @@ def pca(crops, channels, patch_size, components, number=10000):  # Ablations
     return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :components].float()    # eigh: of rising variance
 
 
-def augmentation(args):  # Ablations
-    """Table 1e: what happens to an image (C, H, W) of the training set."""
+def augmentation(args, arrays):  # Ablations
+    """Table 1e: what happens to an image (C, H, W) of the training set; `arrays`: from an .npy file. Raises
+    InputError."""
+    if args.augmentation == "jitter" and (arrays or args.in_chans != 3):
+        raise InputError("--augmentation jitter is made for RGB files")
     size = pair(args.img_size)
     if args.augmentation == "none":
         return functools.partial(resize_and_crop, size=size)
@@ -343,7 +355,8 @@ def main(args):
     run = Run(args, __file__)
     device, dtype = run.device, run.dtype
     source = load_dataset(args.data, "pretrain", args.data_root, args.in_chans)
-    crops = Crops(source, augmentation(args), args.seed, args.skip_bad)  # Ablations: Table 1e
+    transform = augmentation(args, getattr(source, "arrays", False))  # Ablations: Table 1e
+    crops = Crops(source, transform, args.seed, args.skip_bad)  # Ablations: Table 1e
     channels = run.channels(crops)                  # their mean and standard deviation
 
     model.to(device)

@@ -10,9 +10,9 @@ Against mae.py: the decoder's blocks have dropout, targets pass through `inter_p
 `patch_statistics` gathers before training, and `forward_encoder` may add mask tokens.
 
 Chosen where the paper is silent:
-- Eq. 3's statistics are those of the patches to be predicted, epoch 0's training crops (the paper: "spatially resized
-  to H × W", no crops; Section 2.2), of pixels in [0, 1]. They are summed in integers, so that they don't depend on how
-  processes share the images, and kept in the checkpoint. ε is 1e-6.
+- Eq. 3's statistics are those of all patches of epoch 0's training crops, since patches of crops are predicted (the
+  paper: "spatially resized to H × W", no crops; Section 2.2), of pixels in [0, 1]. Bytes are summed in integers, so
+  that it doesn't matter how processes share the images. They are kept in the checkpoint. ε is 1e-6.
 - --target none leaves pixels in [0, 1], rgb standardises channels by ImageNet's statistics, as MAE does: with rgb,
   --drop_edge 0 and --crop_scale 0.2 1 this is mae.py. Table 1 is --drop_edge 0, inferred from its 83.25 (Table 2's MAE,
   "our impl.", has 83.3). The encoder sees RGB-normalised pixels whatever the target. --no-norm_pix omits Eq. 2, whose
@@ -143,14 +143,13 @@ def random_masking(noise, len_keep):
 def patch_statistics(run, crops, patch_size):  # Robust
     """Mean and variance of Eq. 3, each (P·P·3) in float64, of pixels in [0, 1] over all patches of epoch 0's crops.
     Sums of bytes and of their squares in 64-bit integers are exact, in whatever order processes add them."""
-    sums, count, scale = torch.zeros(2, 1, dtype=torch.int64, device=run.device), 0, 1
+    sums, count = 0, 0
     for imgs, _ in run.once(crops, batch_size=64, progress="patch statistics"):
         patches = patchify(imgs, patch_size).flatten(0, 1)                               # (N·L, P·P·3)
-        if imgs.dtype == torch.uint8:
-            patches, scale = patches.long(), 255
-        sums = sums + torch.stack([patches.sum(dim=0), patches.square().sum(dim=0)])
+        patches, scale = (patches.long(), 255) if imgs.dtype == torch.uint8 else (patches.cpu().double(), 1)
+        sums = sums + torch.stack([patches.sum(dim=0), patches.square().sum(dim=0)]).cpu()
         count += len(patches)
-    mean, square = sum(gather(sums.cpu())).double() / sum(gather(count))
+    mean, square = sum(gather(sums)).double() / sum(gather(count))
     return mean / scale, (square - mean**2) / scale**2
 
 

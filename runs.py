@@ -654,11 +654,11 @@ def check_show(show, in_chans):
 
 
 def to_rgb(imgs, originals, show):
-    """Images (N, C, H, W) as (N, 3, H, W): the channels `show`, or the first as grey; images whose C
-    isn't the originals' are RGB. Where the originals' values leave [0, 1], their 1st to 99th percentile is shown."""
+    """Images (N, C, H, W) as (N, 3, H, W): the channels `show`, or the first as grey; bytes are RGB already. Where the
+    originals' values leave [0, 1], their 1st to 99th percentile is shown."""
     channels = originals.shape[1]
-    if imgs.shape[1] != channels:
-        return imgs
+    if imgs.dtype == torch.uint8:
+        return imgs / 255
     if originals.min() < -1e-3 or originals.max() > 1.001:                                      # no bytes
         low, high = torch.from_numpy(np.quantile(originals, [0.01, 0.99], axis=(0, 2, 3), keepdims=True)).float()
         imgs = (imgs - low) / (high - low).clamp(min=1e-12)
@@ -667,7 +667,7 @@ def to_rgb(imgs, originals, show):
 
 def save_picture(rows, path, show=(0, 1, 2)):
     """One PNG: a row of the grid for each of `rows`, images as for `to_rgb`, the first the originals."""
-    rows = [row.float().cpu() for row in rows]
+    rows = [row.cpu() if row.dtype == torch.uint8 else row.float().cpu() for row in rows]
     imgs = torch.cat([to_rgb(row, rows[0], show) for row in rows]).clamp(0, 1)
     save_image(F.interpolate(imgs, scale_factor=max(1, 96 // imgs.shape[-1])), path, nrow=len(rows[0]), padding=2)
 

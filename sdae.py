@@ -21,7 +21,7 @@ Chosen where the paper is silent, or the released code differs:
 - Eq. 3 takes each token over its D features, with unbiased variance + 1e-6. --no-teacher_norm omits it.
 - Each fold has its own cls token; the patches left over where t does not divide have no target, as in Figure 4b.
 - --teacher_input masked, full and crop are the other rows of Tables 1 and 5. With crop only the first --teacher_tokens
-  of the removed patches have a target: by default a third, the paper's 49.
+  of the removed patches have a target: by default a third, as many as a fold.
 - EMA at the end of every epoch, momentum 0.96 to 0.99 on half a cosine (A.1). --ema iteration updates after every
   step, by default with 0.999 to 0.9999 (ours). A run under 100 epochs defaults to it and says so: an EMA per epoch
   leaves 76 % of the teacher's start after 10 epochs, one per step 36 % after the demo's 1860 steps.
@@ -97,7 +97,7 @@ def method_args(parser):  # SdAE
     method.add_argument("--teacher_norm", action=argparse.BooleanOptionalAction, default=True, help="Eq. 3")
     method.add_argument("--teacher_input", choices=["folds", "masked", "full", "crop"], default="folds",
                         help="which patches the teacher sees (Tables 1, 5)")
-    method.add_argument("--folds", type=number(int, "[1, inf)"), help="t, for folds (default: 3; Section 2.2)")
+    method.add_argument("--folds", type=number(int, "[1, inf)"), help="t, for folds (default: 3; Section 4.3)")
     method.add_argument("--teacher_tokens", type=number(int, "[1, inf)"),
                         help="patches, for crop (default: a third of the removed; Section 4.3)")
     method.add_argument("--cosine_over", choices=["tokens", "features"], default="tokens", help="axis of Eq. 4")
@@ -281,9 +281,10 @@ class SdAE(ViT):  # SdAE
         pred = pred.take_along_dim(ids, dim=1)
 
         def paint(colours):
-            """Colours (N, t·n, 3) at their patches' places in images."""
+            """Colours (N, t·n, 3) at their patches' places in images, as bytes: RGB, whatever the images' channels."""
             grid = torch.zeros(len(imgs), self.num_patches, 3).scatter(1, ids.expand(-1, -1, 3), colours)
-            return F.interpolate(grid.transpose(1, 2).unflatten(2, self.grid_size), scale_factor=self.patch_size)
+            grid = (255 * grid).round().clamp(0, 255).byte().transpose(1, 2).unflatten(2, self.grid_size)
+            return F.interpolate(grid, scale_factor=self.patch_size)
 
         error = 1 - F.cosine_similarity(target, pred, dim=2)                             # (N, t·n), of each token
         error = error / error.max().clamp(min=1e-6)

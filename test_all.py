@@ -350,16 +350,20 @@ def test_exact_robust_mae_loss(target, norm_pix):
     assert_same(model.undo_inter_patch_norm(model.inter_patch_norm(patches)), patches)
 
 
-def test_exact_patch_statistics(folder):
-    """μ and σ² of Eq. 3 are numpy's, in float64, over all patches of epoch 0's crops, in whatever shares they come."""
+@pytest.mark.parametrize("bytes", [True, False])
+def test_exact_patch_statistics(bytes, folder):
+    """μ and σ² of Eq. 3 are numpy's, in float64, over all patches of epoch 0's crops, in whatever shares they come. In
+    float32 the floats' variances, 3 about a mean of 3000, would be lost."""
     crops = common.Crops(common.load_dataset(str(folder), "pretrain"), common.train_transform((24, 40), (0.5, 1.0)), 4)
     imgs = torch.stack([crops[0, i][0] for i in range(48)])
+    imgs = imgs if bytes else 3000 + 3 * imgs / 255
     run = types.SimpleNamespace(device=CPU, once=lambda crops, **_: ((x, None) for x in imgs.split(7)))
     mean, var = robust_mae.patch_statistics(run, crops, 8)
-    patches = (imgs.numpy() / 255).reshape(48, 3, 3, 8, 5, 8).transpose(0, 2, 4, 3, 5, 1).reshape(-1, 192)
+    patches = (imgs.double().numpy() / (255 if bytes else 1)).reshape(48, 3, 3, 8, 5, 8)
+    patches = patches.transpose(0, 2, 4, 3, 5, 1).reshape(-1, 192)
     assert mean.dtype == torch.float64 and mean.shape == (192,)
     np.testing.assert_allclose(mean, patches.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(var, patches.var(0), rtol=1e-10)
+    np.testing.assert_allclose(var, patches.var(0), rtol=1e-10 if bytes else 1e-6)
 
 
 def test_exact_mid_level_tokens():
@@ -687,17 +691,18 @@ def test_pictures_of_sdae():
     ids = remove[:, :10, None]                                          # 5 folds of 2
     target = model.forward_teacher(mae.patchify(imgs, 8), remove)
     pred = model.reconstruct(imgs, noise)[0].take_along_dim(ids, dim=1)
-    colours = [mae.patchify(row, 8).unflatten(2, (64, 3)) for row in rows[2:]]          # (N, L, pixels, 3)
+    assert all(row.dtype == torch.uint8 for row in rows[2:])            # RGB, whatever channels --show names
+    colours = [mae.patchify(row, 8).unflatten(2, (64, 3)) / 255 for row in rows[2:]]    # (N, L, pixels, 3)
     without = torch.ones(3, 16).scatter(1, ids[:, :, 0], 0.0) == 1
     assert all(not each[without].any() and torch.equal(each[:, :, :1].expand_as(each), each) for each in colours)
     red_green, features, predicted = (each[:, :, 0].take_along_dim(ids, dim=1) for each in colours)
     error = 1 - F.cosine_similarity(target, pred, dim=2)
-    assert_same(red_green, torch.stack([error / error.max(), 1 - error / error.max(), 0 * error], dim=2))
+    assert_same(red_green, torch.stack([error / error.max(), 1 - error / error.max(), 0 * error], dim=2), 2e-3)
     mean, flat = target.mean(dim=(0, 1)), target.flatten(0, 1)
     axes = torch.linalg.svd(flat - mean).Vh[:3].T                       # but for their signs
     for colour, x in ((features, target), (predicted, pred)):
         expected = (x - mean) @ axes / (4 * ((flat - mean) @ axes).std(dim=0))
-        assert_same((colour - 0.5).abs(), expected.abs(), 1e-3)
+        assert_same((colour - 0.5).abs(), expected.abs().clamp(max=0.5), 2e-2)      # in bytes
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -1402,6 +1407,9 @@ mae --batch_size 10 --accum_iter 3: a batch of 10 images cannot be shared equall
 emae --parts 3: 3 parts must divide 16 patches
 emae --parts 2: 2 need consistency_weight 0
 efficient_mae --beta 4.9: beta must be at least 5 pixels
+efficient_mae --patch_size 32 --img_size 128 --beta 17: beta must be at least 17.46 pixels
+mae_ablations --components 24: --components needs --target pca
+mae_ablations --augmentation fixed --crop_scale 0.5 1: --crop_scale: --augmentation fixed takes no random area
 efficient_mae --difficulty nearest --p2dist exact: p2dist exact is for --difficulty p2dist
 efficient_mae --mask_ratio 0.95: mask_ratio 0.95 must keep and remove at least one of 16
 efficient_mae --img_size 8 --patch_size 1: patch_size at least 2

@@ -319,13 +319,15 @@ def test_augmentations():
     def apply(name):
         torch.manual_seed(0)
         return mae_ablations.augmentation(types.SimpleNamespace(
-            augmentation=name, img_size=[32], crop_scale=[0.2, 1.0]))(img)
+            augmentation=name, img_size=[32], crop_scale=[0.2, 1.0], in_chans=3), False)(img)
     assert torch.equal(apply("none"), common.eval_transform(32)(img))
     whole = common.v2.functional.resize(img, 36, common.InterpolationMode.BICUBIC)
     windows = whole.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
     fixed = apply("fixed")
     assert any(torch.equal(fixed, window) or torch.equal(fixed.flip(2), window) for window in windows)
     assert apply("jitter").shape == apply("crop").shape and not torch.equal(apply("jitter"), apply("crop"))
+    with pytest.raises(InputError, match="jitter is made for RGB files"):
+        mae_ablations.augmentation(types.SimpleNamespace(augmentation="jitter", img_size=[32], in_chans=3), True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

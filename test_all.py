@@ -1429,7 +1429,7 @@ finetune --ckpt nothing.pt: --model and --patch_size go with --ckpt none
 finetune --warmup_epochs 2: --warmup_epochs 2 must be less than --epochs 2
 finetune --img_size 30: 30×30 pixels is not a whole number of patches of 8
 finetune --batch_size 10 --accum_iter 3: a batch of 10 images cannot be shared equally
-finetune --mode linear --batch_size 2 --accum_iter 2: at least 2 images for a process
+finetune --mode linear --batch_size 2 --accum_iter 2: at least 2 images at a time
 finetune --crop_scale 0.9 0.2: from 0.9 to 0.2 of the area: the first must not be the larger
 """
 

@@ -447,7 +447,8 @@ def evaluate(run, model, crops, channels, args):
     model.eval()
     for buffer in model.buffers() if run.world_size > 1 else []:
         dist.broadcast(buffer, 0)       # BatchNorm's statistics are the first process's, as in its checkpoint
-    for imgs, masks in run.once(crops, batch_size=1, progress="evaluation"):
+    batch_size = 8 if args.data == "scenes" else 1          # images in files may differ in size
+    for imgs, masks in run.once(crops, batch_size, progress="evaluation"):
         matrix += confusion(predict(run, model, imgs, masks.shape[1:], channels, args), masks, num_classes, args.ignore)
     *means, iou = scores(sum(gather(matrix.cpu())))
     return dict(zip(("mIoU", "mAcc", "aAcc"), means)), iou

@@ -99,7 +99,7 @@ def get_args(argv=None):
             raise InputError(f"--methods: '{name}' is none of {', '.join(METHODS)}")
         fixed = SAME_FOR_ALL & {flag.split("=")[0] for flag in flags}
         if fixed:
-            raise InputError(f"--methods: {min(fixed)} is the same for all rows, and no flag of one")
+            raise InputError(f"--methods: {min(fixed)} must be the same for all rows")
         try:
             importlib.import_module(name).get_args([] if [name, *flags] == ENCODER_ALONE else flags)
         except InputError as error:

@@ -576,7 +576,7 @@ def main(args):
     if dropped:
         run.say(f"{dropped} annotations were left out: their boxes have no area, or are not four numbers")
     if train_set.bare + val_set.bare:
-        run.say(f"boxes alone: {train_set.bare + val_set.bare} annotations have no segmentation")
+        run.say(f"boxes alone: annotations without a segmentation: {train_set.bare + val_set.bare}")
     transform = functools.partial(large_scale_jitter, size=size, scales=args.jitter)
     crops = Objects(train_set, transform, args.seed, args.skip_bad)
     val_crops = Objects(val_set, functools.partial(fit_and_pad, size=size))

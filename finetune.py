@@ -412,7 +412,7 @@ def rand_augment(img):
 
 
 def mix(imgs, labels, num_classes, args):
-    """Random erasing of each image (N, 3, H, W); then mixup or cutmix, if any: labels become (N, classes)."""
+    """Random erasing of each image (N, 3, H, W), in place; then mixup or cutmix, if any: labels become (N, classes)."""
     for img in imgs if args.erasing else []:
         box = v2.RandomErasing(value=0).make_params([img])
         if torch.rand(()) < args.erasing and box["v"] is not None:      # its own noise would wait for the GPU

@@ -457,7 +457,7 @@ def test_one_object_without_a_segmentation_makes_it_boxes_alone(tmp_path, capsys
              f"--output_dir {tmp_path}/run")
     result = detect.main(detect.get_args(words.split()))
     assert "box_AP" in result and "mask_AP" not in result
-    assert "boxes alone: 1 annotations have no segmentation" in capsys.readouterr().out
+    assert "boxes alone: annotations without a segmentation: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module,small", [(segment, "--head_channels 8 --batch_size 5"),

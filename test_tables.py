@@ -232,7 +232,7 @@ def test_bench_of_the_encoder_alone_and_of_flags(tmp_path):
     (["--methods", "mae", "efficient_mae --bta 9"], "efficient_mae.py: unrecognized arguments: --bta 9"),
     (["--methods", "mae", "timm"], "--methods: 'timm' is none of mae, efficient_mae, "),
     (["--methods", "mae", ""], "--methods: '' is none of mae"),
-    (["--methods", "mae", "mae --batch_size=64"], "--methods: --batch_size is the same for all rows"),
+    (["--methods", "mae", "mae --batch_size=64"], "--methods: --batch_size must be the same for all rows"),
     (["--methods", "sdae"], "--methods must begin with mae")])
 def test_bench_refuses(words, message):
     with pytest.raises(InputError, match=message):

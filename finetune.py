@@ -15,7 +15,7 @@ using unnormalized pixels" (its FINETUNE.md), by the encoder's size (B: up to 76
 paper is MAE's Tables 9 and 10, --recipe scratch its Table 11 without the average of weights. Chosen where the papers
 are silent or differ:
 - The linear probe's crops are torchvision's, drawn until one fits, as in fine-tuning. MAE's released probe draws once
-  and clips the crop to the image, so its crops are larger: on 375 × 500 pixels 52 % of the area on average, not 43 %.
+  and clips the crop to the image, so its crops are larger: on 375 × 500 pixels 52 % of the area on average, not 43.5.
 - Partial fine-tuning takes fine-tuning's recipe (the paper picks 50, 100 or 200 epochs for each number of blocks: set
   --epochs); 0 blocks is linear probing. In fine-tuning and partial fine-tuning the norm before the head trains.
 - SdAE fine-tunes ViT-B with `--batch_size 2048 --warmup_epochs 10` (A.1), EMAE with `--recipe paper` (Section 4.2).

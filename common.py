@@ -6,12 +6,14 @@ Images become uint8 crops; what is random in one depends on (seed, epoch, index)
 nor the number of processes changes what is trained on.
 """
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
 import io
 import math
 import os
+import stat
 import time
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
@@ -102,7 +104,7 @@ def attention(q, k, v, dropout=0.0, mask=None):
     """softmax(q kᵀ / √d) v with dropout on the probabilities; q, k, v and the result are (N, heads, L, d).
     `mask` broadcasts to (N, heads, L, L) and is false where a query (third axis) must not see a key (fourth), or else
     is added to the scores."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # there the fused kernel was 1.2 to 3 times slower
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # the fused kernel was 1.2 to 3 times slower (AVX-512)
         attn = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
         if mask is not None:
             attn = attn.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else attn + mask
@@ -235,6 +237,7 @@ TORCHVISION_DATASETS = {
     "dtd": ("DTD", "split", ["train", "val"], ["train", "val"], "test"),
     "fgvc_aircraft": ("FGVCAircraft", "split", ["trainval"], ["trainval"], "test"),
 }
+IMAGENETTE = {"train": 9469, "val": 3925}       # images
 
 
 def load_dataset(data, split, data_root="data", in_chans=3):
@@ -258,18 +261,24 @@ def load_dataset(data, split, data_root="data", in_chans=3):
             raise InputError(f"'{data}' has no folder val/: evaluation needs train/CLASS/*.jpg and val/CLASS/*.jpg")
     elif os.path.isdir(train):  # a split, unless it is one class of several: those hold no folders
         alone = not any(entry.is_dir() and entry.name != "train" for entry in os.scandir(data))
-        if alone or os.path.isdir(val) or any(entry.is_dir() for entry in os.scandir(train)):
+        parts = any(os.path.isdir(os.path.join(data, name)) for name in ("val", "test"))
+        if alone or parts or any(entry.is_dir() for entry in os.scandir(train)):
             root = train
     return once_per_machine(lambda: FolderDataset(root, in_chans))
 
 
 def once_per_machine(make):
     """What `make()` returns, on every process; under torchrun the first process of each machine calls it and sends the
-    result to the others."""
+    result to the others. Raises InputError where machines run different numbers of processes."""
     local_size = env_number("LOCAL_WORLD_SIZE", 1, least=1)
-    if not dist.is_initialized() or local_size == 1:
+    if not dist.is_initialized():
         return make()
-    group, _ = dist.new_subgroups(local_size, backend="gloo")
+    size = dist.get_world_size()
+    if local_size * env_number("GROUP_WORLD_SIZE", size // local_size) != size:
+        raise InputError(f"{size} processes, and {local_size} on this machine: each machine must run as many")
+    if local_size == 1:
+        return make()
+    group, _ = dist.new_subgroups(local_size, backend="gloo", timeout=datetime.timedelta(days=1))   # a download is slow
     found = [make() if group.rank() == 0 else None]
     dist.broadcast_object_list(found, group=group, group_src=0, device=torch.device("cpu"))
     dist.destroy_process_group(group)
@@ -281,17 +290,21 @@ def load_image(path, in_chans=3):
     alpha (dropped). One: greyscale files, of 8 bits as uint8, of more as float32. Any number: .npy arrays (H, W, C)
     or (H, W), uint8 as it is and other real types as float32. Raises InputError, with the path."""
     try:
-        if not os.path.isfile(path):    # reading a pipe, say, would hang
-            raise ValueError("no such file, or no regular one")
         data = read(path)
         if path.lower().endswith(".npy"):
             return array_to_image(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
-        if in_chans == 3 and decode_jpeg and data[:2] == b"\xff\xd8":      # libjpeg, as Pillow, without its detours
-            with contextlib.suppress(RuntimeError):         # broken, say: for Pillow to judge
-                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), "RGB", apply_exif_orientation=True)
         with Image.open(io.BytesIO(data)) as img:
+            if in_chans == 3 and decode_jpeg and img.format in ("JPEG", "MPO"):
+                with contextlib.suppress(Exception):        # broken, say: for Pillow to judge
+                    if img.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                        return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), "RGB")    # libjpeg, no detours
+            img.load()              # raises what is damaged. A second try, below, would return what was decoded so far
             with contextlib.suppress(Exception):            # broken EXIF data
                 ImageOps.exif_transpose(img, in_place=True)
+            tags = getattr(img, "tag_v2", {})
+            sample_format, bits = tags.get(339, (1,))[0], tags.get(258, (8,))[0]
+            if (sample_format, bits) in ((1, 32), (2, 8)):
+                raise ValueError("a TIFF of unsigned 32-bit or signed 8-bit numbers, which Pillow misreads: use .npy")
             if in_chans == 1:
                 img = img.convert("L") if img.mode in ("1", "P", "LA") else img
             elif img.mode[0] in "IF":   # a plain conversion clamps these to 255: an image all white
@@ -305,9 +318,12 @@ def load_image(path, in_chans=3):
 
 
 def read(path):
-    """A file's bytes. Errors that may pass (any but: no such file, no permission) get three more tries."""
+    """A file's bytes. Errors that may pass (any but: no such file, no permission) get three more tries. Raises OSError,
+    and ValueError where it is no regular file: reading a pipe, say, would hang."""
     for pause in (0.2, 1, 5, None):
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError("no regular file")
             with open(path, "rb") as file:
                 return bytearray(file.read())
         except OSError as error:
@@ -358,7 +374,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths, in_chans):
         self.paths, self.in_chans = paths, in_chans     # an array, not a list: workers share its memory
-        self.arrays = paths[0].endswith(b".npy")
+        self.arrays = paths[0].lower().endswith(b".npy")
         self.first = self.dtype = None                  # of the first image that can be read
         for path in paths[:100] if in_chans != 3 or self.arrays else []:    # RGB files are all uint8
             with contextlib.suppress(InputError):
@@ -383,7 +399,7 @@ class FolderDataset(ImageFiles):
     (`stray` is the first of them), the whole set is unlabelled. Raises InputError where there is no image."""
 
     def __init__(self, root, in_chans=3):
-        root = os.fspath(root).rstrip(os.sep) or os.sep
+        root = os.fspath(root).rstrip("/" + os.sep) or os.sep
         self.root = os.fsencode(root)
         tell = env_number("RANK", 0) == 0
         if tell:
@@ -432,16 +448,18 @@ class NamedDataset(Dataset):
     def __init__(self, name, split, root):
         class_name, keyword, pretrain_splits, train_splits, val_split = TORCHVISION_DATASETS[name]
         splits = {"pretrain": pretrain_splits, "train": train_splits, "val": [val_split]}[split]
-        if dist.is_initialized() and env_number("LOCAL_RANK", 0) > 0:
-            dist.barrier()      # the first process of each machine downloads, the others wait …
-        try:
+
+        def open_parts():
             dataset = getattr(torchvision.datasets, class_name)
-            parts = [dataset(root, download=True, **{keyword: part}) for part in splits]
-        except (OSError, RuntimeError, ImportError) as error:   # ImportError: flowers102 is read with scipy
+            return [dataset(root, download=True, **{keyword: part}) for part in splits]
+        try:
+            if dist.is_initialized():
+                once_per_machine(lambda: open_parts() and None)     # the others wait for the download
+            parts = open_parts()
+        except Exception as error:      # of the network, of an archive, of a missing scipy (flowers102)
             raise InputError(f"{name}: not in '{root}', and could not be downloaded: {error!r}") from error
-        finally:
-            if dist.is_initialized() and env_number("LOCAL_RANK", 0) == 0:
-                dist.barrier()  # … until it is done
+        if name == "imagenette" and sum(map(len, parts)) != IMAGENETTE[splits[0]]:  # the archive was cut off, say
+            raise InputError(f"'{root}/imagenette2' is not whole: delete it, and it is extracted again")
         self.name, self.images = name, ConcatDataset(parts)
         self.classes = None if split == "pretrain" else [
             name if isinstance(name, str) else name[0] for name in parts[0].classes]    # imagenette: synonyms
@@ -583,19 +601,12 @@ def light(random, surface):
 # ---------------------------------------------------------------------------------------------------------------------
 def train_transform(img_size, scale):
     """RandomResizedCrop (bicubic, antialiased) of `scale`, the least and the most, of the area, and flip, of an image
-    (C, H, W). Raises InputError."""
+    (C, H, W). Resized as a tensor: torch's kernel for bytes took a quarter of Pillow's time on an AMD EPYC (on 400
+    photographs the two differed by 0.04 of 256 levels; in none by over 0.4). Raises InputError."""
     if scale[0] > scale[1]:
         raise InputError(f"crops take from {scale[0]:g} to {scale[1]:g} of the area: the first must not be the larger")
-    return functools.partial(crop_and_flip, size=pair(img_size), scale=scale)
-
-
-def crop_and_flip(img, size, scale):
-    """What `train_transform` does to an image. Resized as a tensor: torch's kernel for bytes took a quarter of
-    Pillow's time on an AMD EPYC (on 400 photographs the two differed by 0.04 of 256 levels; in none by over 0.4)."""
-    top, left, height, width = v2.RandomResizedCrop.get_params(img, scale, (3 / 4, 4 / 3))
-    x = img[None, :, top:top + height, left:left + width]
-    x = F.interpolate(x, size, mode="bicubic", antialias=True)[0]
-    return x.flip(2) if torch.rand(()) < 0.5 else x
+    return v2.Compose([v2.RandomResizedCrop(pair(img_size), scale, interpolation=InterpolationMode.BICUBIC),
+                       v2.RandomHorizontalFlip()])
 
 
 def eval_transform(img_size):
@@ -616,7 +627,7 @@ def resize_and_crop(img, size):
 
 def seed_from(*numbers):
     """One 63-bit seed from several integers ≥ 0, such as (seed, epoch, index), well mixed."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Crops(Dataset):

@@ -131,7 +131,7 @@ class MaskFolder(ImageFiles):
     """Items: (image (C, H, W), mask (H, W) uint8), and None. Raises InputError where folders or files don't fit."""
 
     def __init__(self, root, split, ignore, in_chans=3):
-        root = os.fspath(root).rstrip(os.sep) or os.sep
+        root = os.fspath(root).rstrip("/" + os.sep) or os.sep
         self.ade = os.path.isdir(os.path.join(root, "annotations", "training"))     # ADE20K: 0 is unlabelled, 1 to 150
         split = {"train": "training", "val": "validation"}.get(split, split) if self.ade else split
         images = os.path.join(root, "images", split)

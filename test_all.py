@@ -1345,6 +1345,10 @@ def test_named_datasets(name, monkeypatch, tmp_path):
             inspect.signature(real).bind(root, download=download, **split)
             calls.append((root, download, split))
     monkeypatch.setattr(torchvision.datasets, class_name, Stub)
+    if name == "imagenette":
+        with pytest.raises(InputError, match="not whole"):
+            common.load_dataset(name, "train", str(tmp_path))
+        monkeypatch.setattr(common, "IMAGENETTE", {"train": 5, "val": 5})
     for split, parts in (("pretrain", pretrain), ("train", train), ("val", [val])):
         calls.clear()
         dataset = common.load_dataset(name, split, str(tmp_path))

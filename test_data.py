@@ -34,6 +34,60 @@ def test_jpegs_are_decoded_as_by_pillow(tmp_path):
         assert torch.equal(common.load_image(path), v2.functional.pil_to_tensor(turned)), (mode, options)
 
 
+def test_orientation_is_pillows(tmp_path):
+    """torchvision's decoder looks for it in the first APP1 segment alone, and takes types that EXIF doesn't allow."""
+    def segment(content):
+        return b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content
+    entry = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0%c\0\0\0\x01%b\0\0\0\0"
+    short, byte, long = (entry % x for x in ((3, b"\0\x06\0\0"), (1, b"\x06\0\0\0"), (4, b"\0\0\0\x06")))
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"
+    photo(0, (37, 50)).save(tmp_path / "plain.jpg")
+    plain, shapes = (tmp_path / "plain.jpg").read_bytes(), set()
+    for i, parts in enumerate(([short], [xmp, short], [byte], [long])):
+        path = str(tmp_path / f"{i}.jpg")
+        with open(path, "wb") as file:
+            file.write(plain[:2] + b"".join(map(segment, parts)) + plain[2:])
+        with Image.open(path) as img:
+            turned = v2.functional.pil_to_tensor(ImageOps.exif_transpose(img))
+        assert torch.equal(common.load_image(path), turned), i
+        shapes.add(turned.shape)
+    assert len(shapes) == 2
+
+
+@pytest.mark.parametrize("name, options", [("0.png", {}), ("0.tif", {"compression": "tiff_adobe_deflate"}),
+                                           ("1.tif", {"compression": "tiff_lzw"}), ("0.jpg", {}), ("0.webp", {})])
+def test_a_damaged_file_is_no_image(name, options, tmp_path):
+    """Whatever Pillow cannot decode is refused, and not what it had decoded by then."""
+    photo(0, (100, 100)).save(tmp_path / name, **options)
+    whole, refused = (tmp_path / name).read_bytes(), 0
+    for at in range(len(whole) // 4, len(whole) - 50, len(whole) // 8):
+        for data in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:]):
+            (tmp_path / name).write_bytes(data)
+            try:
+                with Image.open(tmp_path / name) as img:
+                    img.load()
+                wanted = v2.functional.pil_to_tensor(img.convert("RGB"))
+            except Exception:
+                refused += 1
+                with pytest.raises(InputError, match="cannot be used as an image"):
+                    common.load_image(str(tmp_path / name))
+            else:
+                assert torch.equal(common.load_image(str(tmp_path / name)), wanted)
+    assert refused > 3
+
+
+def test_numbers_that_pillow_misreads(tmp_path):
+    """Unsigned TIFFs of 32 bits are refused, signed ones read."""
+    path = tmp_path / "0.tif"
+    Image.fromarray(np.full((8, 8), 100_000, np.int32)).save(path)
+    assert common.load_image(str(path), 1).unique().item() == 100_000
+    signed, unsigned = (b"\x53\x01\x03\0\x01\0\0\0" + bytes([kind]) for kind in (2, 1))
+    assert path.read_bytes().count(signed) == 1
+    path.write_bytes(path.read_bytes().replace(signed, unsigned))
+    with pytest.raises(InputError, match="misreads"):
+        common.load_image(str(path), 1)
+
+
 def test_errors_that_pass_are_tried_again(tmp_path, monkeypatch):
     """A disk's or a network's error goes away once; four times is too often; a missing file is not tried again."""
     photo().save(tmp_path / "0.png")
@@ -49,6 +103,16 @@ def test_errors_that_pass_are_tried_again(tmp_path, monkeypatch):
         calls.clear()
         pauses.clear()
         monkeypatch.setattr(common, "open", open_, raising=False)
+    with monkeypatch.context() as patch:
+        answers = [os.stat(path), OSError(errno.ESTALE, "injected")]
+
+        def stat(_):
+            answer = answers.pop()
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+        patch.setattr(common.os, "stat", stat)
+        assert common.load_image(path).shape == (3, 40, 48) and pauses == [0.2]
     failing(1, errno.ESTALE)
     assert common.load_image(path).shape == (3, 40, 48) and len(calls) == 2
     failing(4, errno.ESTALE)

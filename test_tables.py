@@ -441,13 +441,28 @@ def test_claims_come_from_committed_files():
     """The page, the weights' card, and what the README says of them."""
     page = (ROOT / "results/claims.md").read_text()
     assert page == claims().page(ROOT / "results/claims")
-    assert (ROOT / "weights/README.md").read_text() == claims().card()
+    assert (ROOT / "weights/README.md").read_text() == program("weights").card()
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| .* \|$", readme.partition("## Do the claims hold?")[2].partition("## Speed")[0], re.M)
     assert len(rows) >= 5 and all(row in page for row in rows)
-    for method, linear, finetuned in re.findall(r"\[`(\w+)\.py`\].*? (\d\d\.\d) / (\d\d\.\d) % \|", readme):
-        run = claims().read(ROOT / "results/claims")[f"all_{method}"][0]
-        assert (linear, finetuned) == (f"{run['linear']:.1f}", f"{run['finetune']:.1f}")
+    found, figures = claims().read(ROOT / "results/claims"), r" (\d\d\.\d) / (\d\d\.\d) %"
+    named = re.findall(r"\[`(\w+)\.py`\].*?" + figures + r" \|", readme)
+    assert sorted(method for method, *_ in named) == sorted(claims().METHODS)
+    random = re.search("random weights:" + figures, readme).groups()
+    for name, linear, finetuned in [*((f"all_{method}", *of) for method, *of in named), ("random", *random)]:
+        assert (linear, finetuned) == (f"{found[name][0]['linear']:.1f}", f"{found[name][0]['finetune']:.1f}")
+
+
+def test_weights_of_the_consistency_come_from_committed_files():
+    """The table of docs/reading.md: means of linear probes, and of how many seeds."""
+    found, text = claims().read(ROOT / "results/claims"), (ROOT / "docs/reading.md").read_text()
+    for epochs, length in ((8, "_8ep"), (40, "")):
+        cells = re.search(rf"\| [\d,]+ \({epochs} epochs\) \| (.*) \|", text).group(1).split(" | ")
+        for cell, row in zip(cells, ("mae", "emae", "emae", "emae", "emae"), strict=True):
+            weight = ("", "_w0", "_w0.1", "_w0.5", "")[cells.index(cell)]
+            values = [run["linear"] for run in found[f"{row}{length}{weight}"].values()]
+            stated = f"{np.mean(values):.1f} ({len(values)}" if values else "not run"
+            assert cell.startswith(stated), (epochs, row, weight)
 
 
 def test_a_difference_shows_as_in_the_books():
@@ -456,17 +471,21 @@ def test_a_difference_shows_as_in_the_books():
     random = np.random.RandomState(0)
     names = list(dict.fromkeys(name for *_, a, b in claims().CLAIMS for name in (a, b)))
     x = random.randn(len(names), 3) + random.randn(3) + 3 * np.arange(len(names))[:, None] % 7
+    x[["8ep" in name for name in names]] *= 2                                       # short runs scatter more
     found = {name: {seed: {"linear": x[i, seed]} for seed in range(3)} for i, name in enumerate(names)}
-    deviation, df, number = claims().residual(found)
-    indicators = [[*np.eye(len(names))[i], *np.eye(3)[seed, 1:]] for i in range(len(names)) for seed in range(3)]
-    _, (square,), *_ = np.linalg.lstsq(np.array(indicators), x.ravel(), rcond=None)
-    assert (number, df) == (len(names), 2 * len(names) - 2) and deviation == pytest.approx(np.sqrt(square / df))
+    for short in (False, True):
+        of = x[[("8ep" in name) == short for name in names]]
+        deviation, df, number = claims().residual(found, short)
+        indicators = [[*np.eye(len(of))[i], *np.eye(3)[seed, 1:]] for i in range(len(of)) for seed in range(3)]
+        _, (square,), *_ = np.linalg.lstsq(np.array(indicators), of.ravel(), rcond=None)
+        assert (number, df) == (len(of), 2 * len(of) - 2) and deviation == pytest.approx(np.sqrt(square / df))
 
-    for rows, student in ((2, 4.303), (3, 2.776), (5, 2.306), (16, 2.042)):         # t_0.975 of 2, 4, 8, 30 degrees
-        few = {name: found[name] if i < rows else {0: found[name][0]} for i, name in enumerate(names)}
-        s, _, _ = claims().residual(few)
-        pairs, _, _, least, *_ = claims().compare(few)[0]
-        assert least == pytest.approx(student * s * np.sqrt(2 / pairs), rel=1e-3)
+    long = [name for name in names if "8ep" not in name]
+    for rows, student in ((1, np.inf), (2, 4.303), (3, 2.776), (5, 2.306), (11, 2.086)):    # t_0.975 of 2, 4, 8, 20
+        few = {name: found[name] if name in long[:rows] else {0: found[name][0]} for name in names}
+        s, _, _ = claims().residual(few, False)
+        pairs, _, _, least, p, _ = claims().compare(few)[0]
+        assert least == pytest.approx(student * s * np.sqrt(2 / pairs), rel=1e-3) and (rows > 1 or p > 0.99)
     compared = claims().compare(found)
     ps = np.array([entry[4] for entry in compared])
     order, holds = ps.argsort(), np.zeros(len(ps), bool)
@@ -478,7 +497,8 @@ def test_a_difference_shows_as_in_the_books():
     for (claim, *_), (_, a, b, least, p, holm) in zip(claims().CLAIMS, compared):
         word = "higher lower" if "≈" in claim or "against" in claim else "yes reversed"
         word = word.split()[int(a < b)] if p < 0.05 else "no difference shows"
-        assert claims().verdict(claim, a, b, least, holm) == word + ", after Holm, too" * bool(holm and p < 0.05)
+        word += ", also after Holm's correction" * bool(holm and p < 0.05)
+        assert claims().verdict(claim, a, b, least, holm) == word
 
 
 @pytest.mark.parametrize("name", ["mae", "emae", "efficient_mae", "robust_mae", "sdae"])
@@ -487,7 +507,7 @@ def test_small_weights(name, folder, tmp_path):
     those of weights/, whose hashes are in their card (above)."""
     method = module(name)
     method.main(method.get_args(small_args(folder, tmp_path / "run")))
-    claims().save_weights(tmp_path / "run/last.pt", tmp_path / f"{name}.pt")
+    program("weights").save_weights(tmp_path / "run/last.pt", tmp_path / f"{name}.pt")
     for path in (tmp_path / f"{name}.pt", *(ROOT / "weights").glob(f"{name}_*.pt")):
         assert path.stat().st_size < 4e6
         args = torch.load(path, weights_only=True)["args"]

@@ -450,14 +450,14 @@ class NamedDataset(Dataset):
         splits = {"pretrain": pretrain_splits, "train": train_splits, "val": [val_split]}[split]
 
         def open_parts():
-            dataset = getattr(torchvision.datasets, class_name)
-            return [dataset(root, download=True, **{keyword: part}) for part in splits]
-        try:
-            if dist.is_initialized():
-                once_per_machine(lambda: open_parts() and None)     # the others wait for the download
-            parts = open_parts()
-        except Exception as error:      # of the network, of an archive, of a missing scipy (flowers102)
-            raise InputError(f"{name}: not in '{root}', and could not be downloaded: {error!r}") from error
+            try:
+                dataset = getattr(torchvision.datasets, class_name)
+                return [dataset(root, download=True, **{keyword: part}) for part in splits]
+            except Exception as error:      # of the network, of an archive, of a missing scipy (flowers102)
+                raise InputError(f"{name}: not in '{root}', and could not be downloaded: {error!r}") from error
+        if dist.is_initialized():
+            once_per_machine(lambda: open_parts() and None)     # the others wait for the download
+        parts = open_parts()
         if name == "imagenette" and sum(map(len, parts)) != IMAGENETTE[splits[0]]:  # the archive was cut off, say
             raise InputError(f"'{root}/imagenette2' is not whole: delete it, and it is extracted again")
         self.name, self.images = name, ConcatDataset(parts)

@@ -125,6 +125,17 @@ def test_errors_that_pass_are_tried_again(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_machines_run_equally_many_processes(folder, monkeypatch):
+    """8 processes on 3 machines, 4 of them here; also where their number would divide 8."""
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 8)
+    for here, machines in ((4, "3"), (3, None)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        monkeypatch.setenv("GROUP_WORLD_SIZE", machines) if machines else monkeypatch.delenv("GROUP_WORLD_SIZE")
+        with pytest.raises(InputError, match=f"8 processes, and {here} on this machine"):
+            common.load_dataset(str(folder), "pretrain")
+
+
 def test_a_folder_above_the_images_is_refused(tmp_path):
     """Kaggle's ImageNet: train/ and val/ lie three folders down, and would be two classes."""
     for name in ("train/a", "val/a"):

@@ -54,6 +54,7 @@ def test_orientation_is_pillows(tmp_path):
     assert len(shapes) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name, options", [("0.png", {}), ("0.tif", {"compression": "tiff_adobe_deflate"}),
                                            ("1.tif", {"compression": "tiff_lzw"}), ("0.jpg", {}), ("0.webp", {})])
 def test_a_damaged_file_is_no_image(name, options, tmp_path):

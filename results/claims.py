@@ -238,7 +238,7 @@ def page(results):
               *(row_of(name, runs, s["longer"]) for name, runs in found.items()), "",
               f"![EMAE's weights: linear probe and masks against steps]({results.name}_steps.png)",
               f"![MAE: linear probe against epochs]({results.name}_curve.png)", "",
-              "*Means; bars reach from the lowest seed to the highest. A step of EMAE costs four of MAE.*"]
+              "*Means, moved apart; bars reach from the lowest seed to the highest. EMAE's steps cost four of MAE's.*"]
     return "\n".join(lines) + "\n"
 
 

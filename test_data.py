@@ -147,6 +147,19 @@ def test_a_folder_above_the_images_is_refused(tmp_path):
     assert common.load_dataset(str(tmp_path / "ILSVRC/Data"), "pretrain").classes == ["a"]
 
 
+def test_endings_in_capitals_and_a_test_folder(tmp_path):
+    """.NPY files are arrays, whose mean and deviation are measured; train/ beside test/ is a split, not a class."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(2):
+            with open(tmp_path / split / f"{i}.NPY", "wb") as file:
+                np.save(file, np.full((8, 8, 3), 1000 * i, np.float32))
+    images = common.load_dataset(str(tmp_path), "pretrain")
+    assert len(images) == 2 and images.classes is None and images.arrays
+    mean, _ = common.channel_statistics(common.Crops(images, common.eval_transform(8)))
+    assert mean == [500.0] * 3
+
+
 def test_listing_is_in_the_order_of_paths(tmp_path):
     """Sorted by the whole path, whatever the order of folders; labels follow."""
     for name in ("b/2.png", "b/a/1.png", "b-c/0.png", "a.png/x.png", "Z/é.png", "b/a.png"):
